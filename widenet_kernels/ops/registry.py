@@ -1,0 +1,154 @@
+"""How an op comes to be: schema in Python, kernels from the compiled library, the reference as the fallback.
+
+Every op is defined once per backend, in a namespace of its own with the same schema, fake and autograd. In
+``widenet_kernels`` PyTorch's dispatcher picks the compiled CPU (or CUDA) kernel, else the reference;
+``widenet_kernels_reference`` holds the reference alone.
+"""
+
+import functools
+import pathlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACES = {"native": "widenet_kernels", "reference": "widenet_kernels_reference"}
+BACKENDS = ("native", "triton", "reference")
+LIBRARY_FILE = pathlib.Path(__file__).parent.parent / "_C.so"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_libraries = {name: torch.library.Library(name, "FRAGMENT") for name in NAMESPACES.values()}
+_native: set[tuple[str, str]] = set()  # (op, device type) pairs that the compiled library serves
+_load_error: str | None = "the library has not been loaded yet"
+
+
+def define_op(
+    schema: str,
+    reference: Callable,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    differentiable: bool = True,
+) -> None:
+    """Define an op in every namespace.
+
+    ``backward(ops, ctx, *grads)`` gets the namespace it runs in, so that forward and backward stay on one backend.
+    A differentiable op without a ``backward`` is itself a gradient: differentiating it again is an error.
+    """
+    name = schema.partition("(")[0]
+    for namespace in NAMESPACES.values():
+        library = _libraries[namespace]
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        if not differentiable:
+            continue
+        if backward is None:
+            formula: Callable = functools.partial(_no_double_backward, name)
+        else:
+            formula = functools.partial(backward, getattr(torch.ops, namespace))
+        torch.library.register_autograd(
+            f"{namespace}::{name}", formula, setup_context=setup_context, lib=library
+        )
+
+
+def _without_autocast(function: Callable) -> Callable:
+    """The reference computes in the dtypes it is given: the public function has already cast."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
+
+
+def _no_double_backward(name: str, ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        f"widenet_kernels: {name.removesuffix('_backward')} is differentiable once; a second derivative was asked for"
+    )
+
+
+def load_library() -> None:
+    """Load the compiled kernels; where that fails, keep the reason and warn once unless none were built."""
+    global _load_error
+    if not LIBRARY_FILE.exists():
+        _load_error = "this installation was built without compiled kernels (WIDENET_NATIVE=OFF)"
+        return
+    try:
+        torch.ops.load_library(str(LIBRARY_FILE))
+    except (OSError, RuntimeError) as error:
+        _load_error = f"{LIBRARY_FILE.name} could not be loaded: {error}"
+        warnings.warn(
+            f"widenet_kernels runs on its slow reference implementation: {_load_error}", RuntimeWarning, stacklevel=2
+        )
+        return
+    _load_error = None
+    namespace = NAMESPACES["native"]
+    for qualified in torch._C._dispatch_get_all_op_names():
+        space, _, name = qualified.partition("::")
+        if space == namespace:
+            for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+                if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
+                    _native.add((name, device))
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation has: ``native`` (is the compiled library loaded), ``reason`` it is not, the ops it serves."""
+    from widenet_kernels import __version__
+
+    return {
+        "version": __version__,
+        "native": _load_error is None,
+        "reason": _load_error,
+        "library": str(LIBRARY_FILE) if LIBRARY_FILE.exists() else None,
+        "torch": torch.__version__,
+        "native_ops": {
+            device: sorted(op for op, served in _native if served == device)
+            for device in sorted({device for _, device in _native})
+        },
+    }
+
+
+def _why_not(backend: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+    """The reason why this backend cannot serve the op here, or None if it can."""
+    if dtype not in FLOATS:
+        return f"{dtype} is not one of {', '.join(str(d) for d in FLOATS)}"
+    if backend == "native" and (op, device) not in _native:
+        return _load_error or f"the compiled library has no {op} for device type {device!r}"
+    if backend == "triton":
+        return "this version has no Triton kernels"
+    return None
+
+
+def available_backends(op: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """The backends that serve ``op`` on ``device`` for ``dtype``, best first.
+
+    Args:
+        op: the name of a public function that takes ``backend=``, such as ``"moe_ffn"``.
+    """
+    known = sorted(name for name in _PUBLIC_OPS)
+    if op not in _PUBLIC_OPS:
+        raise ValueError(f"available_backends: op: expected one of {', '.join(known)}, got {op!r}")
+    kind = torch.device(device).type
+    return tuple(name for name in BACKENDS if _why_not(name, op, kind, dtype) is None)
+
+
+_PUBLIC_OPS = ("topk_gate", "plan_routing", "route", "permute", "grouped_gemm", "combine", "moe_ffn")
+
+
+def ops_for(op: str, backend: str | None, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Any:
+    """The namespace whose kernels serve this call; an explicit backend never falls through to another."""
+    device = tensor.device.type
+    if backend is None:
+        native = (op, device) in _native
+        return torch.ops.widenet_kernels if native else torch.ops.widenet_kernels_reference
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend: expected None, 'native', 'triton' or 'reference', got {backend!r}")
+    reason = _why_not(backend, op, device, dtype)
+    if reason is not None:
+        raise ValueError(f"{op}: backend: {backend!r} cannot serve this call: {reason}")
+    return getattr(torch.ops, NAMESPACES[backend])
