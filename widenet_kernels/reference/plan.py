@@ -21,7 +21,7 @@ def plan_routing(
     num_tokens, k = expert_index.shape
     device = expert_index.device
     in_range = (expert_index >= 0) & (expert_index < num_experts)
-    expert = torch.where(in_range, expert_index, num_experts).to(torch.int64).view(-1)  # E: asks for nothing
+    expert = torch.where(in_range, expert_index, num_experts).to(torch.int64).reshape(-1)  # E: asks for nothing
 
     demand = torch.zeros(num_experts + 1, dtype=torch.int64, device=device)
     demand = demand.scatter_add(0, expert, torch.ones_like(expert))
