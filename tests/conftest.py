@@ -1,0 +1,58 @@
+"""Which devices and backends the tests run on, and the state that every test starts from and leaves behind.
+
+A test with a ``backend`` argument runs for every backend that serves its module's ``OP`` on this machine.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import widenet_kernels as wk
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+def backends(op: str, device: str) -> list[str]:
+    """What is available, and "native" wherever a library was built: one that cannot be loaded fails, not vanishes."""
+    names = list(wk.available_backends(op, device))
+    if device == "cpu" and wk.build_info()["library"] is not None and "native" not in names:
+        names.insert(0, "native")
+    return names
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = [name for name in ("device", "backend") if name in metafunc.fixturenames]
+    if not names:
+        return
+    op = getattr(metafunc.module, "OP", "moe_ffn")
+    cases = []
+    for device in DEVICES:
+        marks = [pytest.mark.gpu] if device == "cuda" else []
+        if "backend" not in names:
+            cases.append(pytest.param(device, id=device, marks=marks))
+            continue
+        for backend in backends(op, device):
+            values = (device, backend) if "device" in names else (backend,)
+            cases.append(pytest.param(*values, id=f"{device}-{backend}", marks=marks))
+        if "device" not in names:
+            break
+    metafunc.parametrize(names, cases)
+
+
+@pytest.fixture(autouse=True)
+def state() -> Iterator[None]:
+    """A fixed seed; memory from torch.empty full of NaN, so that what a kernel forgets to write is seen."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "compile" in request.node.nodeid:
+        torch.compiler.reset()

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: the shapes worth trying, inputs made from a seed, the tolerance policy."""
