@@ -1,0 +1,68 @@
+#include "../cpu/parallel.h"
+#include "stages.h"
+
+namespace widenet {
+namespace {
+
+constexpr int64_t kGrainElements = 1 << 14;
+
+Tensor combine(Tensor rows, Tensor weight, Tensor choice_row, Tensor) {
+  return combine_rows(to_contiguous(rows), weight, std::nullopt, std::nullopt, to_contiguous(choice_row));
+}
+
+std::tuple<Tensor, Tensor> combine_backward(Tensor grad_in, Tensor rows_in, Tensor weight_in, Tensor,
+                                            Tensor row_choice_in) {
+  const Tensor grad = to_contiguous(grad_in), rows = to_contiguous(rows_in), row_choice = to_contiguous(row_choice_in);
+  const ScalarType math = math_type(rows, weight_in);
+  const Tensor weight = to_contiguous(weight_in, math);
+  const int64_t dim = rows.size(1);
+  const Tensor grad_rows = empty_tensor(rows, {rows.size(0), dim});
+  Tensor grad_weight = empty_tensor(rows, {weight.size(0), weight.size(1)}, math);
+  torch::stable::zero_(grad_weight);
+  const CombineBackwardArgs args{dtype_of(rows),
+                                 dtype_of(weight),
+                                 data(grad),
+                                 data(rows),
+                                 data(weight),
+                                 integers(row_choice),
+                                 grad.size(0),
+                                 weight.size(1),
+                                 dim,
+                                 grad_rows.mutable_data_ptr(),
+                                 grad_weight.mutable_data_ptr()};
+  parallel_for(rows.size(0), kGrainElements / (dim + 1) + 1,
+               [&](int64_t begin, int64_t end) { kernels().combine_backward(args, begin, end); });
+  return {grad_rows, to_contiguous(grad_weight, weight_in.scalar_type())};
+}
+
+}  // namespace
+
+Tensor combine_rows(const Tensor& rows, const OptionalTensor& weight_in, const OptionalTensor& bias,
+                    const OptionalTensor& expert_begin, const Tensor& choice_row) {
+  const ScalarType math = weight_in ? math_type(rows, *weight_in) : math_type(rows);
+  const OptionalTensor weight = to_contiguous(weight_in, math);
+  const int64_t num_tokens = choice_row.size(0), dim = rows.size(1);
+  const Tensor y = empty_tensor(rows, {num_tokens, dim});
+  const CombineArgs args{dtype_of(rows),
+                         math == ScalarType::Double ? DType::f64 : DType::f32,
+                         data(rows),
+                         data(weight),
+                         data(bias),
+                         integers(choice_row),
+                         static_cast<const int32_t*>(data(expert_begin)),
+                         rows.size(0),
+                         expert_begin ? expert_begin->size(0) : 0,
+                         choice_row.size(1),
+                         dim,
+                         y.mutable_data_ptr()};
+  parallel_for(num_tokens, kGrainElements / (dim * choice_row.size(1) + 1) + 1,
+               [&](int64_t begin, int64_t end) { kernels().combine(args, begin, end); });
+  return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(widenet_kernels, CPU, m) {
+  m.impl("combine", TORCH_BOX(&combine));
+  m.impl("combine_backward", TORCH_BOX(&combine_backward));
+}
+
+}  // namespace widenet

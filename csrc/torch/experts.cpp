@@ -1,0 +1,110 @@
+#include "experts.h"
+
+#include <algorithm>
+
+#include "../cpu/parallel.h"
+
+namespace widenet {
+namespace {
+
+constexpr int64_t kGrainElements = 1 << 14;
+
+int64_t grain_rows(int64_t width) { return kGrainElements / (width + 1) + 1; }
+
+DType dtype_of(ScalarType type) {
+  return type == ScalarType::Float      ? DType::f32
+         : type == ScalarType::BFloat16 ? DType::bf16
+         : type == ScalarType::Half     ? DType::f16
+                                        : DType::f64;
+}
+
+}  // namespace
+
+std::vector<ExpertRows> rows_of_experts(const Tensor& expert_begin, const Tensor& expert_count, int64_t num_rows) {
+  const Tensor begins = to_contiguous(expert_begin), counts = to_contiguous(expert_count);
+  std::vector<ExpertRows> experts;
+  for (int64_t e = 0; e < begins.size(0); ++e) {
+    const int64_t begin = std::clamp<int64_t>(integers(begins)[e], 0, num_rows);
+    experts.push_back({e, begin, std::clamp<int64_t>(integers(counts)[e], 0, num_rows - begin)});
+  }
+  return experts;
+}
+
+int64_t most_rows(const std::vector<ExpertRows>& experts) {
+  int64_t most = 0;
+  for (const ExpertRows& rows : experts) most = std::max(most, rows.count);
+  return most;
+}
+
+void zero_unused_rows(const Matrix& out, const std::vector<ExpertRows>& experts) {
+  int64_t served = 0;
+  for (const ExpertRows& rows : experts) {
+    if (rows.begin > served) zero(out.slice(served, rows.begin - served));
+    served = std::max(served, rows.begin + rows.count);
+  }
+  if (out.rows > served) zero(out.slice(served, out.rows - served));
+}
+
+Activation activation_of(const std::string& name) {
+  if (name.empty()) return Activation::none;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  if (name == "silu") return Activation::silu;
+  if (name == "swiglu") return Activation::swiglu;
+  STD_TORCH_CHECK(name == "geglu", "widenet_kernels: activation: there is no ", name);
+  return Activation::geglu;
+}
+
+void activate(const Matrix& z, const OptionalTensor& bias, int64_t expert, Activation act, const Matrix& out) {
+  if (act == Activation::none && !bias) return;
+  const void* row = bias ? row_of(*bias, expert) : nullptr;
+  const ActivationArgs args{dtype_of(z.type), act, out.columns, row, z.data, out.data};
+  parallel_for(z.rows, grain_rows(z.columns),
+               [&](int64_t begin, int64_t end) { kernels().activation(args, begin, end); });
+}
+
+void activate_backward(const ActivationBackwardArgs& args) {
+  parallel_for(num_chunks(args.num_rows), grain_rows(args.width) / kChunkRows + 1,
+               [&](int64_t begin, int64_t end) { kernels().activation_backward(args, begin, end); });
+}
+
+int64_t num_chunks(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
+
+void sum_columns(const Matrix& rows, const void* row_weight, void* column_sums) {
+  const ColumnSumArgs args{dtype_of(rows.type), rows.rows, rows.columns, rows.data, row_weight, column_sums};
+  parallel_for(num_chunks(rows.rows), grain_rows(rows.columns) / kChunkRows + 1,
+               [&](int64_t begin, int64_t end) { kernels().column_sum(args, begin, end); });
+}
+
+void GradSink::product(int64_t expert, const Matrix& a, const Matrix& b) const {
+  const Matrix out = matrix(tensor_, expert);
+  if (!accumulate_ || a.type == ScalarType::Float) return gemm(out, a, b, accumulate_);
+  const Scratch product(tensor_, out.rows, out.columns, a.type);
+  gemm(product.rows(out.rows), a, b);
+  const AccumulateArgs args{dtype_of(a.type), product.data(), static_cast<float*>(out.data)};
+  parallel_for(out.rows * out.columns, kGrainElements,
+               [&](int64_t begin, int64_t end) { kernels().accumulate(args, begin, end); });
+}
+
+void GradSink::sum(int64_t expert, const void* column_sums, DType math, int64_t num_chunks) const {
+  const ReduceChunksArgs args{widenet::dtype_of(tensor_), math, num_chunks, tensor_.size(1), column_sums, accumulate_,
+                              row_of(tensor_, expert)};
+  parallel_for(args.width, kGrainElements,
+               [&](int64_t begin, int64_t end) { kernels().reduce_chunks(args, begin, end); });
+}
+
+void GradSink::nothing_served(int64_t expert) const {
+  if (!needed_ || accumulate_) return;
+  zero(tensor_.dim() == 3 ? matrix(tensor_, expert) : matrix(tensor_).slice(expert, 1));
+}
+
+GradSink weight_sink(const Tensor& weight, bool needed) {
+  return needed ? GradSink::new_tensor(torch::stable::empty_like(weight)) : GradSink(weight);
+}
+
+GradSink bias_sink(const Tensor& weight, int64_t width, bool needed) {
+  return needed ? GradSink::new_tensor(empty_tensor(weight, {weight.size(0), width})) : GradSink(weight);
+}
+
+}  // namespace widenet

@@ -1,0 +1,79 @@
+// What every op needs of LibTorch's stable ABI: tensors as pointers, dtypes, new tensors.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace widenet {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::Double:
+      return DType::f64;
+    default:
+      STD_TORCH_CHECK(false, "widenet_kernels: expected fp32, bf16, fp16 or fp64");
+      return DType::f32;
+  }
+}
+
+// The dtype in which gates and sums are computed: f64 if anything is.
+inline ScalarType math_type(const Tensor& a) {
+  return a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+inline ScalarType math_type(const Tensor& a, const Tensor& b) {
+  return math_type(a) == ScalarType::Double ? ScalarType::Double : math_type(b);
+}
+
+inline Tensor to_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// Contiguous and of the given dtype; the tensor itself if it is so already.
+inline Tensor to_contiguous(const Tensor& t, ScalarType dtype) {
+  return to_contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+}
+
+template <class... Dtype>
+OptionalTensor to_contiguous(const OptionalTensor& t, Dtype... dtype) {
+  return t ? OptionalTensor(to_contiguous(*t, dtype...)) : std::nullopt;
+}
+
+inline Tensor empty_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+inline Tensor empty_tensor(const Tensor& like, const Sizes& sizes) {
+  return empty_tensor(like, sizes, like.scalar_type());
+}
+
+// What an op returns for a gradient that nobody needs.
+inline Tensor nothing(const Tensor& like) { return empty_tensor(like, {0}); }
+
+inline const void* data(const Tensor& t) { return t.const_data_ptr(); }
+inline const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+inline const int32_t* integers(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
+
+// Byte address of a row of a contiguous tensor.
+inline char* row_of(const Tensor& t, int64_t row) {
+  const int64_t stride = t.dim() > 1 ? t.stride(0) : 1;
+  return static_cast<char*>(t.mutable_data_ptr()) + row * stride * static_cast<int64_t>(t.element_size());
+}
+
+}  // namespace widenet

@@ -1,0 +1,39 @@
+"""Drives CMake: configures and builds the op library of CMakeLists.txt and puts it into the package."""
+
+import os
+import pathlib
+import subprocess
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = pathlib.Path(__file__).parent.resolve()
+NATIVE = os.environ.get("WIDENET_NATIVE", "ON").upper()
+if NATIVE not in ("ON", "OFF"):
+    raise SystemExit(f"WIDENET_NATIVE: expected ON or OFF, got {NATIVE!r}")
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import torch
+
+        target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = pathlib.Path(self.build_temp).resolve()
+        configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DTORCH_DIR={torch.__path__[0]}"]
+        subprocess.run([*configure, f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}"], check=True)
+        subprocess.run(["cmake", "--build", build], check=True)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"  # no Python in it, so no Python version in its name
+
+
+class PlatformWheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+setup(
+    ext_modules=[Extension("widenet_kernels._C", [])] if NATIVE == "ON" else [],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+)
