@@ -27,7 +27,7 @@ def init_glorot(layer: nn.Linear | nn.Conv2d, parts: int = 1, bias_std: float = 
     """Glorot-uniform weight (each of ``parts`` layers joined into this one by itself), bias N(0, bias_std^2)."""
     for part in layer.weight.chunk(parts):
         nn.init.xavier_uniform_(part)
-    nn.init.normal_(layer.bias, std=bias_std)
+    nn.init.normal_(layer.bias, std=bias_std)  # type: ignore[arg-type]
 
 
 class Attention(nn.Module):
@@ -71,8 +71,10 @@ class AuthorsMoELayer(MoELayer):
     Their ranks start at 1 and are kept while below B = T * capacity_factor * K // E, so the first slot stays empty.
     """
 
-    def capacity(self, num_tokens: int) -> int:
+    def capacity(self, num_tokens: int) -> int | None:
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is None:
+            return None
         slots = int(num_tokens * factor * self.router.k // self.router.num_experts)
         return min(max(slots - 1, 0), num_tokens)
 
@@ -90,7 +92,7 @@ def shared_ffn(config: WideNetConfig) -> MoELayer | DenseFFN:
         output_activation="gelu_tanh" if config.authors else None,
     )
     for bias in (experts.b1, experts.b2):
-        nn.init.normal_(bias, std=FFN_BIAS_STD)
+        nn.init.normal_(bias, std=FFN_BIAS_STD)  # type: ignore[arg-type]
     layer = AuthorsMoELayer if config.authors else MoELayer
     return layer(
         config.hidden_size,

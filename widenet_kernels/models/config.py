@@ -110,8 +110,6 @@ class WideNetConfig:
             self._refuse("layer_norm_eps", "a finite number above 0")
         if self.authors and self.dense:
             self._refuse("authors", "False with dense=True: it is a form of the experts")
-        if self.authors and self.capacity_factor is None:
-            self._refuse("capacity_factor", "a number with authors=True: their experts have a fixed capacity")
 
     def _refuse(self, name: str, expected: str) -> None:
         raise ValueError(f"WideNetConfig: {name}: expected {expected}, got {getattr(self, name)!r}")
