@@ -181,12 +181,12 @@ def verdict(history: list[Record]) -> str:
     seconds = sum(record["seconds"] for record in history)
     reached = "reached" if accuracy >= TARGET else "not reached"
     return (
-        f"held-out accuracy {accuracy:.1%} after {len(history)} epochs in {seconds:.0f} s "
-        f"(target {TARGET:.0%}: {reached})"
+        f"held-out accuracy {100 * accuracy:.1f} % after {len(history)} epochs in {seconds:.0f} s "
+        f"(target {100 * TARGET:.0f} %: {reached})"
     )
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--dense", action="store_true", help="one shared dense FFN in place of router and experts")
@@ -195,25 +195,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="a fixed number, because sums depend on it")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/digits"), metavar="DIR")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in DIR")
-    args = parser.parse_args(argv)
-    for name in ("epochs", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
-    if args.resume and not (args.out / "checkpoint.pt").exists():
-        parser.error(f"--resume: expected a checkpoint in {args.out}, found none")
-    return args
+    return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Train, draw, tell; 0 whether or not the target was reached, 130 after Ctrl-C."""
-    args = parse(argv)
-    torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
+    parser = options()
+    args = parser.parse_args(argv)
     checkpoint = args.out / "checkpoint.pt"
+    for name in ("epochs", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if args.resume and not checkpoint.exists():
+        parser.error(f"--resume: expected a checkpoint in {args.out}, found none")
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
     settings = {name: getattr(args, name) for name in ("epochs", "dense", "backend", "seed", "threads")}
     run = Run(settings, load_split())
     if args.resume:
-        run.load(checkpoint)
+        try:
+            run.load(checkpoint)
+        except ValueError as error:
+            parser.error(str(error))
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     print(f"WideNet{', dense' if args.dense else ''}: {parameters:,} parameters, {args.threads} threads")
     try:
