@@ -81,7 +81,7 @@ def load_library() -> None:
     try:
         torch.ops.load_library(str(LIBRARY_FILE))
     except (OSError, RuntimeError) as error:
-        _load_error = f"{LIBRARY_FILE.name} could not be loaded: {error}"
+        _load_error = f"{LIBRARY_FILE.name} could not be loaded: {error.__cause__ or error}"
         warnings.warn(
             f"widenet_kernels runs on its slow reference implementation: {_load_error}", RuntimeWarning, stacklevel=2
         )
