@@ -88,7 +88,7 @@ TIES = {
 }
 
 
-@pytest.mark.parametrize("row, expected", TIES.values(), ids=TIES)
+@pytest.mark.parametrize(("row", "expected"), TIES.values(), ids=TIES)
 def test_ties_go_to_the_lower_expert(row, expected, device, backend):
     logits = torch.tensor([row, row[::-1]], device=device)
     gate = wk.topk_gate(logits, 4, backend=backend)
@@ -110,7 +110,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [1, 2, 4])
-@pytest.mark.parametrize("row, expected", STRANGE.values(), ids=STRANGE)
+@pytest.mark.parametrize(("row", "expected"), STRANGE.values(), ids=STRANGE)
 def test_nan_and_infinite_logits(row, expected, k, dtype, device, backend):
     fine = [1.0, 0.0, 3.0, 2.0]
     logits = torch.tensor([row, fine], dtype=dtype, device=device)

@@ -1,0 +1,178 @@
+"""Rules that hold for every op alike: same bits, no aliasing, no writes to inputs, one derivative, frozen inputs."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import widenet_kernels as wk
+from widenet_kernels.testing import inputs
+from widenet_kernels.testing.numerics import assert_same_bits
+
+
+def cases(shape, device, backend, dtype=torch.float32):
+    """For each public op: a function of its differentiable inputs, and those inputs."""
+    plan = inputs.make_plan(shape, device=device)
+    w1, b1, w2, b2 = inputs.make_experts(shape, dtype=dtype, device=device)
+    rows = inputs.normal(plan.num_rows, shape.D, seed=6, dtype=dtype, device=device)
+    x = inputs.make_x(shape, dtype=dtype, device=device)
+    weight = inputs.make_gate_weight(shape, device=device)
+    logits = inputs.make_logits(shape, dtype=dtype, device=device)
+    index = inputs.make_expert_index(shape, device=device)
+    router_weight = inputs.normal(shape.E, shape.D, seed=10, dtype=dtype, device=device)
+    on = {"backend": backend}
+
+    def routed(x, router_weight):
+        gate, plan, logits = wk.route(x, router_weight, shape.K, shape.C, normalize=True, priority="score", **on)
+        return *gate, *plan[:5], logits
+
+    def planned(weight):
+        return wk.plan_routing(index, shape.E, shape.C, priority="score", weight=weight, **on)[:5]
+
+    return {
+        "topk_gate": (lambda z: tuple(wk.topk_gate(z, shape.K, normalize=True, **on)), [logits]),
+        "plan_routing": (planned, [weight]),
+        "route": (routed, [x, router_weight]),
+        "permute": (lambda x: (wk.permute(x, plan, **on),), [x]),
+        "grouped_gemm": (lambda r, w, b: (wk.grouped_gemm(r, w, plan, b, "gelu", **on),), [rows, w1, b1]),
+        "grouped_gemm-linear": (lambda r, w: (wk.grouped_gemm(r, w, plan, **on),), [rows, w1]),
+        "combine": (lambda r, w: (wk.combine(r, w, plan, **on),), [rows, weight]),
+        "moe_ffn": (lambda x, w, *e: (wk.moe_ffn(x, w, plan, *e, **on),), [x, weight, w1, b1, w2, b2]),
+    }
+
+
+OPS = tuple(cases(inputs.ORDINARY, "cpu", "reference"))
+DIFFERENTIABLE = tuple(name for name in OPS if name != "plan_routing")
+
+
+def forward_and_backward(function, tensors):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    wanted = [t for t in out if t.requires_grad]
+    grads = [inputs.normal(*t.shape, seed=20 + i, dtype=t.dtype, device=t.device) for i, t in enumerate(wanted)]
+    return [*out, *(torch.autograd.grad(wanted, leaves, grads) if wanted else ())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_same_bits_twice(op, dtype, device, backend):
+    torch.use_deterministic_algorithms(False)
+    shape = inputs.SHAPES[-1] if op.startswith(("grouped_gemm", "moe_ffn")) else inputs.MANY_TOKENS
+    function, tensors = cases(shape, device, backend, dtype)[op]
+    first = forward_and_backward(function, tensors)
+    for _ in range(2):
+        for a, b in zip(forward_and_backward(function, tensors), first, strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["topk_gate", "plan_routing", "permute", "combine"])
+def test_same_bits_for_any_number_of_threads(op, dtype, device, backend):
+    torch.use_deterministic_algorithms(False)
+    function, tensors = cases(inputs.MANY_TOKENS, device, backend, dtype)[op]
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(forward_and_backward(function, tensors))
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("shape", [inputs.ORDINARY, inputs.DROPLESS, inputs.SHAPES[10], inputs.SHAPES[11]], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_outputs_share_no_storage(op, shape, device, backend):
+    """Also with one row per token in order (K = E = 1), where a copy could be saved; gradients neither."""
+    function, tensors = cases(shape, device, backend)[op]
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    everything = [*function(*leaves), *leaves, *inputs.make_plan(shape, device=device)[:5]]
+    assert_no_shared_storage(everything)
+    assert_no_shared_storage([*forward_and_backward(function, tensors), *tensors])
+
+
+def assert_no_shared_storage(tensors):
+    for a, b in itertools.combinations([t for t in tensors if t.numel()], 2):
+        assert a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_are_not_written(op, device, backend):
+    function, tensors = cases(inputs.ORDINARY, device, backend)[op]
+    copies, versions = [t.clone() for t in tensors], [t._version for t in tensors]
+    first = forward_and_backward(function, tensors)
+    for tensor, copy, version in zip(tensors, copies, versions, strict=True):
+        assert_same_bits(tensor, copy)
+        assert tensor._version == version
+    for a, b in zip(forward_and_backward(function, tensors), first, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_incoming_gradients_are_not_written(op, device, backend):
+    function, tensors = cases(inputs.ORDINARY, device, backend)[op]
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    wanted = [t for t in function(*leaves) if t.requires_grad]
+    grads = [torch.ones_like(t) for t in wanted]
+    torch.autograd.grad(wanted, leaves, grads)
+    assert all((g == 1).all() for g in grads)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_double_backward_is_a_clear_error(op, device, backend):
+    function, tensors = cases(inputs.ORDINARY, device, backend)[op]
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    loss = sum(t.square().sum() for t in function(*leaves) if t.requires_grad)
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"widenet_kernels: {op.partition('-')[0]} is differentiable once"):
+        torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_no_gradient_without_a_call_for_it(op, device, backend):
+    function, tensors = cases(inputs.ORDINARY, device, backend)[op]
+    assert not any(t.requires_grad for t in function(*tensors))
+    with torch.no_grad():
+        assert not any(t.requires_grad for t in function(*[t.detach().requires_grad_() for t in tensors]))
+
+
+class CalledWith(TorchDispatchMode):
+    """Keeps the arguments of our ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace.startswith("widenet_kernels"):
+            self.calls[function._opname] = dict(
+                zip((a.name for a in function._schema.arguments), args, strict=False), **(kwargs or {})
+            )
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("op", "names"),
+    {
+        "route": ["x", "router_weight"],
+        "grouped_gemm": ["rows", "weight", "bias"],
+        "moe_ffn": ["x", "weight", "w1", "b1", "w2", "b2"],
+    }.items(),
+    ids=["route", "grouped_gemm", "moe_ffn"],
+)
+def test_no_gradient_work_for_frozen_inputs(op, names, device, backend):
+    """The backward op is told what is needed, and gives the rest back without elements."""
+    function, tensors = cases(inputs.ORDINARY, device, backend)[op]
+    for wanted in range(len(names)):
+        leaves = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
+        loss = sum(t.sum() for t in function(*leaves) if t.requires_grad)
+        with CalledWith() as mode:
+            loss.backward()
+        call = mode.calls[f"{op}_backward"]
+        assert [call[f"need_{name}"] for name in names] == [i == wanted for i in range(len(names))]
+        call = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+        namespace = torch.ops.widenet_kernels if backend == "native" else torch.ops.widenet_kernels_reference
+        with torch.no_grad():
+            out = getattr(namespace, f"{op}_backward")(*call.values())
+        assert [t.numel() > 0 for t in out] == [i == wanted for i in range(len(names))]
+        assert leaves[wanted].grad is not None
