@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 
 from setuptools import Extension, setup
@@ -20,8 +21,13 @@ class CMakeBuild(build_ext):
 
         target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = pathlib.Path(self.build_temp).resolve()
-        configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DTORCH_DIR={torch.__path__[0]}"]
-        subprocess.run([*configure, f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}"], check=True)
+        settings = {
+            "TORCH_DIR": torch.__path__[0],
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # an earlier build's may be gone with its environment
+        }
+        configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja"]
+        subprocess.run([*configure, *(f"-D{name}={value}" for name, value in settings.items())], check=True)
         subprocess.run(["cmake", "--build", build], check=True)
 
     def get_ext_filename(self, fullname: str) -> str:

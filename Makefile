@@ -1,0 +1,40 @@
+# Each target sets itself up from nothing: a virtual environment in .venv, the pinned packages, the compiled ops.
+# For torch's smaller CPU build, point pip at an index that has it (PIP_INDEX_URL or pip's configuration).
+
+PYTHON ?= python3
+EPOCHS ?= 40
+OUT ?= out/digits
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test bench lint test-install clean
+
+demo: $(VENV)/installed  ## train a WideNet on real handwritten digits through the compiled ops
+	$(BIN)/python examples/train_digits.py --epochs $(EPOCHS) --out $(OUT)
+
+test: $(VENV)/installed  ## the whole test suite, sanitizers included
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed  ## the layer against the time of its GEMMs alone
+	$(BIN)/python benchmarks/bench_layer.py
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/mypy
+
+test-install:  ## build and install the wheel as a user does, with and without compiled kernels
+	PYTHON=$(PYTHON) bash tests/install.sh
+
+$(VENV)/installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch triton setuptools wheel cmake ninja pybind11
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[examples,test,lint]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info widenet_kernels/_C.so

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Installs the package as a user does, away from the source tree, and runs a layer forward and backward:
+# with build isolation, then without it beside the installed torch, then without compiled kernels.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$work" # a copy: nothing that was built here before
+cd "$work"
+pip() { "$work/venv/bin/python" -m pip --disable-pip-version-check -q "$@"; }
+
+check() { # expected value of build_info()["native"]
+  (cd / && "$work/venv/bin/python" -W error - "$1") <<'PY'
+import sys
+
+import torch
+
+import widenet_kernels as wk
+
+info = wk.build_info()
+assert str(info["native"]) == sys.argv[1], info
+assert wk.available_backends("moe_ffn", "cpu")[0] == ("native" if info["native"] else "reference")
+layer = wk.MoELayer(16, 32, 4)
+y, aux = layer(torch.randn(2, 5, 16))
+(y.square().mean() + aux.balance_loss).backward()
+assert all(p.grad.isfinite().all() for p in layer.parameters())
+print(f"installed: native={info['native']}, torch {info['torch']}")
+PY
+}
+
+"$PYTHON" -m venv venv
+pip install -c constraints.txt torch triton numpy
+pip install -c constraints.txt .
+check True
+pip uninstall -y widenet-kernels
+
+pip install -c constraints.txt setuptools wheel cmake ninja
+PATH="$work/venv/bin:$PATH" pip wheel --no-build-isolation --no-deps -w dist .
+ls -l dist/widenet_kernels-*-py3-none-linux_*.whl
+pip install --no-index --no-deps dist/*.whl
+check True
+pip uninstall -y widenet-kernels
+
+WIDENET_NATIVE=OFF pip install --no-build-isolation --no-deps .
+check False
