@@ -10,16 +10,21 @@ namespace widenet {
         level::column_sum, level::reduce_chunks, level::weight_gradient, level::accumulate                          \
   }
 
-const Kernels& kernels() {
-  static const Kernels best = [] {
+std::span<const Kernels> supported_kernels() {
 #if defined(__x86_64__)
+  // Each level includes the ones behind it, so what a CPU can run is the rest of the table from some entry on.
+  static constexpr Kernels table[] = {WIDENET_TABLE(avx512), WIDENET_TABLE(avx2), WIDENET_TABLE(baseline)};
+  static const int best = [] {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4")) return WIDENET_TABLE(avx512);
-    if (__builtin_cpu_supports("x86-64-v3")) return WIDENET_TABLE(avx2);
-#endif
-    return WIDENET_TABLE(baseline);
+    return __builtin_cpu_supports("x86-64-v4") ? 0 : __builtin_cpu_supports("x86-64-v3") ? 1 : 2;
   }();
-  return best;
+  return std::span(table).subspan(best);
+#else
+  static constexpr Kernels table[] = {WIDENET_TABLE(baseline)};
+  return table;
+#endif
 }
+
+const Kernels& kernels() { return supported_kernels().front(); }
 
 }  // namespace widenet

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 namespace widenet {
 
@@ -179,7 +180,10 @@ struct Kernels {
   void (*accumulate)(const AccumulateArgs&, int64_t begin, int64_t end);
 };
 
-// The kernels for the best level that this CPU has.
+// The kernels of every level that this CPU can run, best first.
+std::span<const Kernels> supported_kernels();
+
+// Those of the best level.
 const Kernels& kernels();
 
 }  // namespace widenet
