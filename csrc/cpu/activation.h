@@ -36,11 +36,12 @@ struct Value {
   A value, derivative;
 };
 
+// The slope is s (1 - s), without the difference: near s = 1 it would keep few digits.
 template <class A>
-inline A sigmoid(A x) {
+inline Value<A> sigmoid(A x) {
   const A e = exp_negative(-magnitude(x));
   const A inverse = 1 / (1 + e);
-  return x < 0 ? e * inverse : inverse;
+  return {x < 0 ? e * inverse : inverse, e * inverse * inverse};
 }
 
 // x Phi(x), Phi the normal distribution function (Hendrycks and Gimpel 2016, arXiv 1606.08415).
@@ -76,8 +77,8 @@ struct GeluTanh {
   static Value<A> both(A x) {
     // 0.5 (1 + tanh u) = sigmoid(2u)
     constexpr A kRoot = static_cast<A>(0.7978845608028654), kCubic = static_cast<A>(0.044715);
-    const A s = sigmoid(2 * kRoot * (x + kCubic * x * x * x));
-    return {x * s, s + 2 * x * s * (1 - s) * kRoot * (1 + 3 * kCubic * x * x)};
+    const auto [s, slope] = sigmoid(2 * kRoot * (x + kCubic * x * x * x));
+    return {x * s, s + 2 * x * slope * kRoot * (1 + 3 * kCubic * x * x)};
   }
 };
 
@@ -91,8 +92,8 @@ struct Relu {
 struct Silu {
   template <class A>
   static Value<A> both(A x) {
-    const A s = sigmoid(x);
-    return {x * s, s * (1 + x * (1 - s))};
+    const auto [s, slope] = sigmoid(x);
+    return {x * s, s + x * slope};
   }
 };
 
