@@ -52,12 +52,11 @@ template <class T, class A>
 void combine_backward_row(const CombineBackwardArgs& args, int64_t r) {
   T* grad_row = static_cast<T*>(args.grad_rows) + r * args.dim;
   const int64_t choice = args.row_choice[r];
-  const int64_t token = choice / args.k;
-  if (choice < 0 || token >= args.num_tokens) {
-    std::memset(grad_row, 0, args.dim * sizeof(T));
+  if (choice < 0 || choice >= args.num_tokens * args.k) {
+    for (int64_t i = 0; i < args.dim; ++i) grad_row[i] = T{};
     return;
   }
-  const T* grad = static_cast<const T*>(args.grad) + token * args.dim;
+  const T* grad = static_cast<const T*>(args.grad) + choice / args.k * args.dim;
   const A w = static_cast<const A*>(args.weight)[choice];
   for (int64_t i = 0; i < args.dim; ++i) grad_row[i] = narrow<T>(w * static_cast<A>(widen(grad[i])));
   static_cast<A*>(args.grad_weight)[choice] = dot<A>(grad, static_cast<const T*>(args.rows) + r * args.dim, args.dim);
