@@ -70,7 +70,7 @@ def test_no_backend_for_a_dtype_that_no_op_takes(device):
 
 
 def test_available_backends_of_an_unknown_op():
-    with pytest.raises(ValueError, match="^available_backends: op: expected one of .*moe_ffn.*, got 'moe'$"):
+    with pytest.raises(ValueError, match=r"^available_backends: op: expected one of .*moe_ffn.*, got 'moe'$"):
         wk.available_backends("moe", "cpu")
 
 

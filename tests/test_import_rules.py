@@ -1,0 +1,71 @@
+"""Who may import whom: the package's imports, read from its syntax trees, against the table of the design."""
+
+import ast
+import pathlib
+
+import pytest
+
+import widenet_kernels
+
+PACKAGE = pathlib.Path(widenet_kernels.__file__).parent
+ALLOWED = {
+    "routing": set(),
+    "reference": {"routing"},
+    "triton": {"routing"},
+    "ops": {"routing", "reference", "triton"},
+    "nn": {"ops", "routing"},
+    "models": {"nn"},
+    "integrations": {"models", "nn", "ops"},
+    "testing": {"routing", "reference", "ops"},
+}
+# Constants of the reference that are part of the vocabulary: the names of the activations.
+EXCEPTIONS = {("nn", "widenet_kernels.reference.activation")}
+FREE = {"__init__", "__main__"}  # the exports and the command line see everything
+
+
+def imports(tree):
+    """The modules that a file imports, each with the line and whether it is at the top level."""
+    top = set(tree.body)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno, node in top
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            if node.module == "widenet_kernels":
+                for alias in node.names:
+                    yield f"widenet_kernels.{alias.name}", node.lineno, node in top
+            else:
+                yield node.module, node.lineno, node in top
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_part_is_in_the_table():
+    parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert parts - FREE <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports(path):
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if part in FREE:
+        return
+    for module, line, at_top in imports(ast.parse(path.read_text())):
+        where = f"{path.name}:{line} imports {module}"
+        root, _, inner = module.partition(".")
+        if root == "triton":
+            assert part == "triton", where
+        if root == "torch" or root != "widenet_kernels":
+            continue
+        other = inner.partition(".")[0]
+        if other == "__version__" or (part, module) in EXCEPTIONS:
+            continue
+        assert other == part or other in ALLOWED[part], where
+        assert other != "triton" or part == "triton" or not at_top, f"{where} at its top: Triton is imported when used"
+
+
+def test_routing_imports_torch_alone():
+    modules = {module.partition(".")[0] for module, _, _ in imports(ast.parse((PACKAGE / "routing.py").read_text()))}
+    assert modules <= {"torch", "math", "typing"}
