@@ -65,8 +65,10 @@ def check_plan(op: str, plan: Any, like: Tensor, first: str) -> None:
     check_device(op, "plan", plan.choice_row, first, like)
 
 
-def check_layout(op: str, capacity: int | None, num_choices: int, num_experts: int, priority: str) -> None:
-    """Capacity and priority of a plan, and that its choices and rows can be counted in int32."""
+def check_layout(
+    op: str, capacity: int | None, tokens: str, num_choices: int, num_experts: int, priority: str
+) -> None:
+    """Capacity and priority of a plan, and that its choices (from the argument ``tokens``) and rows fit in int32."""
     if priority not in ("choice", "token", "score"):
         raise invalid(op, "priority", "'choice', 'token' or 'score'", repr(priority))
     if capacity is not None:
@@ -77,7 +79,7 @@ def check_layout(op: str, capacity: int | None, num_choices: int, num_experts: i
         if capacity * num_experts > MOST_ROWS:
             raise invalid(op, "capacity", f"capacity * num_experts below 2**31 (num_experts = {num_experts})", capacity)
     if num_choices > MOST_ROWS:
-        raise invalid(op, "expert_index", "fewer than 2**31 choices T * K", num_choices)
+        raise invalid(op, tokens, "fewer than 2**31 choices T * K", num_choices)
 
 
 def autocast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -70,7 +70,7 @@ def plan_routing(
     num_tokens, k = expert_index.shape
     if k < 1:
         raise invalid("plan_routing", "expert_index", "at least one choice per token", list(expert_index.shape))
-    check_layout("plan_routing", capacity, num_tokens * k, num_experts, priority)
+    check_layout("plan_routing", capacity, "expert_index", num_tokens * k, num_experts, priority)
     score = None
     if priority == "score":
         if weight is None:

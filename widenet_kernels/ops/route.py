@@ -132,7 +132,7 @@ def route(
     check_device("route", "router_weight", router_weight, "x", x)
     num_tokens, num_experts = x.shape[0], router_weight.shape[0]
     check_k("route", k, num_experts)
-    check_layout("route", capacity, num_tokens * k, num_experts, priority)
+    check_layout("route", capacity, "x", num_tokens * k, num_experts, priority)
     if noise is not None:
         check_tensor("route", "noise", noise, (num_tokens, num_experts), "[T, E]")
         check_float("route", "noise", noise)
