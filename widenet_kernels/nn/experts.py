@@ -111,7 +111,7 @@ class Experts(nn.Module):
         if self._grad_buffers is not None:
             raise RuntimeError("Experts.accumulate_grads: already active for these experts")
         if any(p is not None and _is_sharded(p) for p in parameters):
-            raise RuntimeError("Experts.accumulate_grads: the parameters belong to FSDP, which would miss their gradients")
+            raise RuntimeError("Experts.accumulate_grads: FSDP holds the parameters and would miss their gradients")
         self._grad_buffers = GradBuffers(
             *(
                 torch.zeros_like(p, dtype=torch.float32) if p is not None and p.requires_grad else None

@@ -81,7 +81,7 @@ class MoELayer(nn.Module):
         return expert_capacity(num_tokens, self.router.num_experts, self.router.k, factor)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, MoEAux]:
-        """x [..., D], mask [...] bool (False: the token takes no part and gets 0) -> y [..., D] and the routing's aux."""
+        """x [..., D], mask [...] bool (False: takes no part, its y is 0) -> y [..., D] and the routing's aux."""
         tokens = x.reshape(-1, x.shape[-1])
         if mask is not None:
             mask = mask.reshape(-1)
@@ -135,10 +135,15 @@ class MoELayer(nn.Module):
             normalize=normalize,
             **options,
         ).to(linear1.weight)
+        experts = layer.experts
+        copies = (
+            (experts.w1, linear1.weight.t()),
+            (experts.b1, linear1.bias),
+            (experts.w2, linear2.weight.t()),
+            (experts.b2, linear2.bias),
+        )
         with torch.no_grad():
-            layer.experts.w1.copy_(linear1.weight.t().expand_as(layer.experts.w1))
-            layer.experts.w2.copy_(linear2.weight.t().expand_as(layer.experts.w2))
-            if has_bias:
-                layer.experts.b1.copy_(linear1.bias.expand_as(layer.experts.b1))
-                layer.experts.b2.copy_(linear2.bias.expand_as(layer.experts.b2))
+            for parameter, source in copies:
+                if parameter is not None:
+                    parameter.copy_(source.expand_as(parameter))
         return layer

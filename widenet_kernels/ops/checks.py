@@ -65,9 +65,7 @@ def check_plan(op: str, plan: Any, like: Tensor, first: str) -> None:
     check_device(op, "plan", plan.choice_row, first, like)
 
 
-def check_layout(
-    op: str, capacity: int | None, tokens: str, num_choices: int, num_experts: int, priority: str
-) -> None:
+def check_layout(op: str, capacity: int | None, tokens: str, num_choices: int, num_experts: int, priority: str) -> None:
     """Capacity and priority of a plan, and that its choices (from the argument ``tokens``) and rows fit in int32."""
     if priority not in ("choice", "token", "score"):
         raise invalid(op, "priority", "'choice', 'token' or 'score'", repr(priority))

@@ -19,6 +19,12 @@ def fake_plan(like: Tensor, num_tokens: int, k: int, num_experts: int, capacity:
     return first, *rest  # type: ignore[return-value]
 
 
+def as_plan(tensors: PlanTensors, num_experts: int, capacity: int | None) -> RoutingPlan:
+    choice_row, row_choice, begin, count, demand = tensors
+    num_rows, k = row_choice.shape[0], choice_row.shape[1]
+    return RoutingPlan(choice_row, row_choice, begin, count, demand, num_rows, num_experts, k, capacity)
+
+
 def _fake(
     expert_index: Tensor, num_experts: int, capacity: int | None, priority: str, score: Tensor | None
 ) -> PlanTensors:
@@ -82,5 +88,4 @@ def plan_routing(
     if expert_index.dtype != torch.int32:
         expert_index = expert_index.to(torch.int64)  # the kernels take int32 and int64 and check before narrowing
     ops = ops_for("plan_routing", backend, expert_index)
-    tensors = ops.plan_routing(expert_index, num_experts, capacity, priority, score)
-    return RoutingPlan(*tensors, tensors[1].shape[0], num_experts, k, capacity)
+    return as_plan(ops.plan_routing(expert_index, num_experts, capacity, priority, score), num_experts, capacity)

@@ -49,9 +49,7 @@ def define_op(
             formula: Callable = functools.partial(_no_double_backward, name)
         else:
             formula = functools.partial(backward, getattr(torch.ops, namespace))
-        torch.library.register_autograd(
-            f"{namespace}::{name}", formula, setup_context=setup_context, lib=library
-        )
+        torch.library.register_autograd(f"{namespace}::{name}", formula, setup_context=setup_context, lib=library)
 
 
 def _without_autocast(function: Callable) -> Callable:
@@ -97,7 +95,7 @@ def load_library() -> None:
 
 
 def build_info() -> dict[str, Any]:
-    """What this installation has: ``native`` (is the compiled library loaded), ``reason`` it is not, the ops it serves."""
+    """What this installation has: ``native`` (is the compiled library loaded), ``reason`` if not, its ops."""
     from widenet_kernels import __version__
 
     return {

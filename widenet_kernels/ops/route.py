@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from widenet_kernels.ops.checks import check_device, check_float, check_k, check_layout, check_tensor, wrong_type
-from widenet_kernels.ops.plan import fake_plan
+from widenet_kernels.ops.plan import as_plan, fake_plan
 from widenet_kernels.ops.registry import define_op, ops_for
 from widenet_kernels.reference import route as reference
 from widenet_kernels.reference.gate import math_dtype
@@ -147,5 +147,4 @@ def route(
     weight, expert_index, probs, logits, *plan = ops.route(
         x, router_weight, k, capacity, noise, normalize, priority, mask
     )
-    num_rows = plan[1].shape[0]
-    return Gate(weight, expert_index, probs), RoutingPlan(*plan, num_rows, num_experts, k, capacity), logits
+    return Gate(weight, expert_index, probs), as_plan(plan, num_experts, capacity), logits
