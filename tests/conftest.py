@@ -42,13 +42,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def state() -> Iterator[None]:
-    """A fixed seed; memory from torch.empty full of NaN, so that what a kernel forgets to write is seen."""
+    """A fixed seed; memory from torch.empty full of NaN, so that what a kernel forgets to write is seen; one thread.
+
+    The cases are small, and threads that wait for each other on a busy machine take longer than the work.
+    """
     torch.manual_seed(0)
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def several_threads(state: None) -> None:
+    """For the cases that are long enough to be shared out."""
+    torch.set_num_threads(3)
 
 
 @pytest.fixture(autouse=True)

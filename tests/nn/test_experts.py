@@ -247,11 +247,11 @@ def test_fsdp_parameters_are_refused(process_group, device):
     experts, *_ = make(device)
     mesh = init_device_mesh(device, (1,))
     experts.w1 = torch.nn.Parameter(distribute_tensor(experts.w1.detach(), mesh))
-    with pytest.raises(RuntimeError, match=r"^Experts.accumulate_grads: the parameters belong to FSDP"):
+    with pytest.raises(RuntimeError, match=r"^Experts.accumulate_grads: FSDP holds the parameters"):
         experts.accumulate_grads().__enter__()
     experts, *_ = make(device)
     experts.w2._fsdp_flattened = True
-    with pytest.raises(RuntimeError, match=r"^Experts.accumulate_grads: the parameters belong to FSDP"):
+    with pytest.raises(RuntimeError, match=r"^Experts.accumulate_grads: FSDP holds the parameters"):
         experts.accumulate_grads().__enter__()
 
 

@@ -46,7 +46,7 @@ def test_as_good_as_torch(shape, dtype, device, backend):
 
 @pytest.mark.parametrize("shape", inputs.LARGE_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_large(shape, dtype, device, backend):
+def test_large(shape, dtype, device, backend, several_threads):
     assert_good(shape, dtype, torch.float32, device, backend)
 
 

@@ -86,7 +86,7 @@ def test_one_bias_alone(missing, device, backend):
 @pytest.mark.parametrize(
     ("shape", "dtype"), [(inputs.LARGE_CAPACITY, torch.float64), (inputs.MANY_TOKENS, torch.float32)], ids=str
 )
-def test_large(shape, dtype, device, backend):
+def test_large(shape, dtype, device, backend, several_threads):
     plan = inputs.make_plan(shape, device=device)
     case = make_case(shape, "silu", dtype, device)
     assert_op_as_good_as(op(plan, "silu", backend), plain(plan, "silu"), case)

@@ -27,7 +27,7 @@ def test_forward_is_bit_equal(shape, dtype, device, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("shape", inputs.LARGE_SHAPES, ids=str)
-def test_large(shape, dtype, device, backend):
+def test_large(shape, dtype, device, backend, several_threads):
     x = inputs.make_x(shape, dtype=dtype, device=device)
     plan = inputs.make_plan(shape, device=device)
     x.requires_grad_()

@@ -32,7 +32,7 @@ def assert_is_oracles(plan, index, num_experts, capacity, priority, weight=None)
 
 @pytest.mark.parametrize("priority", PRIORITIES)
 @pytest.mark.parametrize("shape", ALL_SHAPES, ids=str)
-def test_oracle(shape, priority, device, backend):
+def test_oracle(shape, priority, device, backend, several_threads):
     index = inputs.make_expert_index(shape, device=device)
     weight = inputs.make_gate_weight(shape, device=device)
     plan = wk.plan_routing(index, shape.E, shape.C, priority=priority, weight=weight, backend=backend)

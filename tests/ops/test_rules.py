@@ -56,7 +56,7 @@ def forward_and_backward(function, tensors):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_same_bits_twice(op, dtype, device, backend):
+def test_same_bits_twice(op, dtype, device, backend, several_threads):
     torch.use_deterministic_algorithms(False)
     shape = inputs.SHAPES[-1] if op.startswith(("grouped_gemm", "moe_ffn")) else inputs.MANY_TOKENS
     function, tensors = cases(shape, device, backend, dtype)[op]
