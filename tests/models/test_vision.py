@@ -1,6 +1,5 @@
 import io
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -38,13 +37,6 @@ def num_parameters(config: WideNetConfig) -> int:
     with torch.device("meta"):
         model = WideNetForImageClassification(config)
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 # What it is made of
@@ -261,10 +253,10 @@ def test_authors_form_of_the_layer() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"authors": True}, {"dense": True}], ids=["default", "authors", "dense"])
 def test_overfits_a_handful_of_samples(options: dict) -> None:
-    model = tiny(**options, dropout=0.0, layer_norm_eps=1e-5)
+    model = tiny(**options, dropout=0.0, num_layers=2)
     images, labels = samples()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
         model(images, labels).loss.backward()
         optimizer.step()
@@ -305,7 +297,6 @@ def test_autocast_bf16() -> None:
         assert parameter.grad.isfinite().all()
 
 
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("options", "compiler"),
     [({}, "aot_eager"), ({"authors": True}, "aot_eager"), ({"num_layers": 1}, "inductor")],
@@ -326,9 +317,8 @@ def test_compiles_as_one_graph(options: dict, compiler: str) -> None:
         torch.testing.assert_close(parameter.grad, eager[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("authors", [False, True], ids=["default", "authors"])
-def test_two_graphs_serve_every_batch_size(authors: bool) -> None:
+def test_compiles_to_two_graphs_for_every_batch_size(authors: bool) -> None:
     model = tiny(**STILL, num_layers=1, authors=authors)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
