@@ -76,8 +76,7 @@ void gate_tokens(const GateArgs& args, int64_t begin, int64_t end) {
     }
     for (int64_t i = 0; i < (last - first) * num_experts; ++i) probs[i] = exp_negative(probs[i]);
     for (int64_t t = first; t < last; ++t, probs += num_experts, index += args.k) {
-      A total = 0;
-      for (int64_t e = 0; e < num_experts; ++e) total += probs[e];
+      const A total = sum(probs, num_experts);
       for (int64_t e = 0; e < num_experts; ++e) probs[e] /= total;
       weigh_token(args, t, probs, index, static_cast<A*>(args.weight) + t * args.k);
     }
@@ -109,8 +108,7 @@ void gate_backward_token(const GateBackwardArgs& args, int64_t t) {
       if (chosen(k)) grad[index[k]] += (grad_weight[k] - shared) / kept;
     }
   }
-  A mean = 0;
-  for (int64_t e = 0; e < num_experts; ++e) mean += grad[e] * probs[e];
+  const A mean = dot<A>(grad, probs, num_experts);
   for (int64_t e = 0; e < num_experts; ++e) grad[e] = probs[e] * (grad[e] - mean);
   if (args.grad_logits) {
     const A* grad_logits = static_cast<const A*>(args.grad_logits) + t * num_experts;

@@ -119,6 +119,18 @@ inline A sum(typename Lanes<A>::type v) {
   return total;
 }
 
+// The sum of p in lanes: the error of a long sum grows with n / lanes.
+template <class A>
+inline A sum(const A* p, int64_t n) {
+  constexpr int64_t lanes = Lanes<A>::size;
+  typename Lanes<A>::type parts{};
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) parts += load<A>(p + i);
+  A total = sum<A>(parts);
+  for (; i < n; ++i) total += p[i];
+  return total;
+}
+
 // <a, b> in lanes, so that the order of summation does not depend on the caller.
 template <class A, class T, class U>
 inline A dot(const T* a, const U* b, int64_t n) {
