@@ -53,7 +53,7 @@ def test_large(shape, dtype, device, backend, several_threads):
 @pytest.mark.parametrize("weight_dtype", DTYPES[1:3], ids=lambda d: f"weight-{d}")
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_half_weights(dtype, weight_dtype, device, backend):
-    assert_good(inputs.SHAPES[-1], dtype, weight_dtype, device, backend)
+    assert_good(inputs.WIDE, dtype, weight_dtype, device, backend)
 
 
 @pytest.mark.parametrize("shape", [inputs.ORDINARY, inputs.DROPLESS], ids=str)

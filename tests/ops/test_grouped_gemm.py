@@ -40,7 +40,7 @@ def test_oracle(shape, device, backend):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_activations_against_the_oracle(activation, bias, device, backend):
-    shape = inputs.SHAPES[13]
+    shape = inputs.ODD
     plan, case = inputs.make_plan(shape), make_case(shape, activation, torch.float64, bias=bias)
     expected = oracle.grouped_gemm(case["rows"], case["weight"], plan, case["bias"], activation)
     on_device = {name: None if t is None else t.to(device) for name, t in case.items()}
@@ -63,7 +63,7 @@ def test_as_good_as_torch(shape, dtype, device, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_activations_as_good_as_torch(activation, dtype, bias, device, backend):
-    shape = inputs.SHAPES[-1]
+    shape = inputs.WIDE
     plan = inputs.make_plan(shape, device=device)
     assert_op_as_good_as(
         op(plan, activation, backend),
@@ -145,7 +145,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("activation", [None, "gelu", "geglu"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weight_layouts(layout, activation, device, backend):
-    shape = inputs.SHAPES[13]
+    shape = inputs.ODD
     plan = inputs.make_plan(shape, device=device)
     case = make_case(shape, activation, torch.float64, device)
     case["weight"] = LAYOUTS[layout](case["weight"])

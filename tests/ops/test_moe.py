@@ -49,7 +49,7 @@ def test_oracle(shape, device, backend):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_against_the_oracle(activation, bias, device, backend):
-    shape = inputs.SHAPES[13]
+    shape = inputs.ODD
     case = make_case(shape, activation, torch.float64, bias=bias)
     expected = oracle.moe_ffn(plan=inputs.make_plan(shape), activation=activation, **case)
     plan = inputs.make_plan(shape, device=device)
@@ -69,7 +69,7 @@ def test_as_good_as_torch(shape, dtype, device, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_as_good_as_torch(activation, dtype, bias, device, backend):
-    shape = inputs.SHAPES[-1]
+    shape = inputs.WIDE
     plan = inputs.make_plan(shape, device=device)
     case = make_case(shape, activation, dtype, device, bias)
     assert_op_as_good_as(op(plan, activation, backend), plain(plan, activation), case)
@@ -156,7 +156,7 @@ def test_nan_in_unused_places_reaches_nothing(shape, activation, device, backend
 @pytest.mark.parametrize("activation", ["gelu", "geglu"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_expert_weight_layouts(layout, activation, device, backend):
-    shape = inputs.SHAPES[13]
+    shape = inputs.ODD
     plan = inputs.make_plan(shape, device=device)
     case = make_case(shape, activation, torch.float64, device)
     for name in ("w1", "w2"):
@@ -227,7 +227,7 @@ def test_nothing_is_saved_without_gradients(device, backend):
 @pytest.mark.parametrize("layout", ["contiguous", *LAYOUTS])
 def test_grad_buffers(layout, dtype, device, backend):
     """The buffers get what the gradients would have been, on top of what they held; x and weight theirs as ever."""
-    shape = inputs.SHAPES[13]
+    shape = inputs.ODD
     plan = inputs.make_plan(shape, device=device)
     case = make_case(shape, dtype=dtype, device=device)
     if layout != "contiguous":

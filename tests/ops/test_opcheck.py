@@ -84,7 +84,7 @@ def test_opcheck_of_packed_rows_in_bf16(op, device):
     check(op, NAMESPACES["native"], device, inputs.DROPLESS, torch.bfloat16, "swiglu")
 
 
-@pytest.mark.parametrize("shape", [inputs.SHAPES[2], inputs.SHAPES[3], inputs.SHAPES[15]], ids=str)
+@pytest.mark.parametrize("shape", [inputs.NO_TOKENS, inputs.NO_TOKENS_PACKED, inputs.NO_ROWS], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_shapes_and_dtypes_without_tokens_or_rows(op, shape, device):
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -58,7 +58,7 @@ def forward_and_backward(function, tensors):
 @pytest.mark.parametrize("op", OPS)
 def test_same_bits_twice(op, dtype, device, backend, several_threads):
     torch.use_deterministic_algorithms(False)
-    shape = inputs.SHAPES[-1] if op.startswith(("grouped_gemm", "moe_ffn")) else inputs.MANY_TOKENS
+    shape = inputs.WIDE if op.startswith(("grouped_gemm", "moe_ffn")) else inputs.MANY_TOKENS
     function, tensors = cases(shape, device, backend, dtype)[op]
     first = forward_and_backward(function, tensors)
     for _ in range(2):
@@ -80,10 +80,10 @@ def test_same_bits_for_any_number_of_threads(op, dtype, device, backend):
             assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("shape", [inputs.ORDINARY, inputs.DROPLESS, inputs.SHAPES[10], inputs.SHAPES[11]], ids=str)
+@pytest.mark.parametrize("shape", [inputs.ORDINARY, inputs.DROPLESS, inputs.IDENTITY], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_outputs_share_no_storage(op, shape, device, backend):
-    """Also with one row per token in order (K = E = 1), where a copy could be saved; gradients neither."""
+    """Also where rows are the tokens in their order, and a copy could be saved; gradients neither."""
     function, tensors = cases(shape, device, backend)[op]
     leaves = [t.detach().requires_grad_() for t in tensors]
     everything = [*function(*leaves), *leaves, *inputs.make_plan(shape, device=device)[:5]]
@@ -137,18 +137,21 @@ def test_no_gradient_without_a_call_for_it(op, device, backend):
 
 
 class CalledWith(TorchDispatchMode):
-    """Keeps the arguments of our ops."""
+    """Keeps the arguments and results of our ops."""
 
     def __init__(self):
         super().__init__()
-        self.calls = {}
+        self.calls, self.results = {}, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace.startswith("widenet_kernels"):
             self.calls[function._opname] = dict(
                 zip((a.name for a in function._schema.arguments), args, strict=False), **(kwargs or {})
             )
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if function.namespace.startswith("widenet_kernels"):
+            self.results[function._opname] = result
+        return result
 
 
 @pytest.mark.parametrize(
@@ -176,3 +179,13 @@ def test_no_gradient_work_for_frozen_inputs(op, names, device, backend):
             out = getattr(namespace, f"{op}_backward")(*call.values())
         assert [t.numel() > 0 for t in out] == [i == wanted for i in range(len(names))]
         assert leaves[wanted].grad is not None
+
+
+@pytest.mark.parametrize("op", ["grouped_gemm", "moe_ffn"])
+def test_the_pre_activation_is_kept_for_gradients_alone(op, device, backend):
+    function, tensors = cases(inputs.ORDINARY, device, backend)[op]
+    num_rows = inputs.make_plan(inputs.ORDINARY, device=device).num_rows
+    for wanted, rows in ((False, 0), (True, num_rows)):
+        with CalledWith() as mode:
+            function(*[t.detach().requires_grad_(wanted) for t in tensors])
+        assert mode.results[op][1].shape == (rows, inputs.ORDINARY.F)

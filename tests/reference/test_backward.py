@@ -84,7 +84,7 @@ def test_combine(shape):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("activation", ["", *ACTIVATIONS])
-@pytest.mark.parametrize("shape", [inputs.ORDINARY, inputs.SHAPES[13], inputs.SHAPES[14]], ids=str)
+@pytest.mark.parametrize("shape", [inputs.ORDINARY, inputs.ODD, inputs.ODD_PACKED], ids=str)
 def test_grouped_gemm(shape, activation, bias):
     plan = inputs.make_plan(shape)
     places = (plan.expert_begin, plan.expert_count)
@@ -118,7 +118,7 @@ def moe_case(shape, activation, bias):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [inputs.ORDINARY, inputs.SHAPES[13], inputs.SHAPES[14]], ids=str)
+@pytest.mark.parametrize("shape", [inputs.ORDINARY, inputs.ODD, inputs.ODD_PACKED], ids=str)
 def test_moe_ffn(shape, activation, bias):
     saved, expected = moe_case(shape, activation, bias)
     ours = moe.moe_ffn_backward(*saved, True, True, True, bias, True, bias)

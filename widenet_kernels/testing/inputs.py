@@ -38,29 +38,41 @@ LARGE_CAPACITY = Shape(
     65_600, 1, 1, 2, 1, 65_580, "one", "C and T above 65,535, the largest grid of a CUDA y dimension"
 )
 
+NO_TOKENS = Shape(0, 8, 12, 4, 2, 3, "even", "no tokens, but capacity buffers")
+NO_TOKENS_PACKED = Shape(0, 8, 12, 4, 2, None, "even", "no tokens and no rows")
+ONE_PACKED = Shape(33, 8, 12, 4, 1, None, "one", "all tokens on one expert, none dropped; the others before it empty")
+ALL_EXPERTS = Shape(9, 8, 12, 3, 3, 5, "even", "K = E: every token asks every expert")
+SINGLE = Shape(7, 8, 12, 1, 1, 4, "even", "E = 1")
+ODD = Shape(29, 7, 13, 5, 3, 11, "holes", "odd D and F, E prime, choices that ask for nothing")
+ODD_PACKED = Shape(29, 7, 13, 5, 3, None, "holes", "the same, packed: the last rows stay unused")
+NO_ROWS = Shape(11, 8, 12, 4, 2, 0, "even", "capacity 0: everything is dropped, no rows")
+WIDE = Shape(300, 64, 48, 8, 2, 70, "skewed", "several vectors wide, several tiles long")
+IDENTITY = Shape(7, 8, 12, 1, 1, None, "even", "row r serves token r: nothing to move")
+
 SHAPES = (
     ORDINARY,
     DROPLESS,
-    Shape(0, 8, 12, 4, 2, 3, "even", "no tokens, but capacity buffers"),
-    Shape(0, 8, 12, 4, 2, None, "even", "no tokens and no rows"),
+    NO_TOKENS,
+    NO_TOKENS_PACKED,
     Shape(1, 8, 12, 4, 2, 1, "even", "one token"),
     Shape(3, 8, 12, 16, 2, 1, "even", "fewer tokens than experts"),
     Shape(17, 8, 12, 5, 2, 5, "empty", "an expert that nobody asks for, inside the buffers"),
     Shape(17, 8, 12, 5, 2, None, "empty", "an expert that nobody asks for, between packed ones"),
     Shape(33, 8, 12, 4, 1, 7, "one", "all tokens on one expert, most of them dropped"),
-    Shape(33, 8, 12, 4, 1, None, "one", "all tokens on one expert, none dropped; the others before it empty"),
-    Shape(9, 8, 12, 3, 3, 5, "even", "K = E: every token asks every expert"),
-    Shape(7, 8, 12, 1, 1, 4, "even", "E = 1"),
+    ONE_PACKED,
+    ALL_EXPERTS,
+    SINGLE,
     Shape(21, 8, 12, 4, 1, 5, "skewed", "K = 1"),
-    Shape(29, 7, 13, 5, 3, 11, "holes", "odd D and F, E prime, choices that ask for nothing"),
-    Shape(29, 7, 13, 5, 3, None, "holes", "the same, packed: the last rows stay unused"),
-    Shape(11, 8, 12, 4, 2, 0, "even", "capacity 0: everything is dropped, no rows"),
+    ODD,
+    ODD_PACKED,
+    NO_ROWS,
     Shape(5, 8, 12, 3, 2, 9, "even", "more capacity than tokens"),
     Shape(6, 8, 12, 3, 2, 4, "nobody", "no choice asks for anything"),
     Shape(6, 8, 12, 3, 2, None, "nobody", "no choice asks for anything: all packed rows unused"),
     Shape(12, 1, 1, 3, 2, 6, "even", "D = F = 1"),
     Shape(5, 4, 3, 1024, 16, None, "even", "many experts and choices, few tokens"),
-    Shape(300, 64, 48, 8, 2, 70, "skewed", "several vectors wide, several tiles long"),
+    WIDE,
+    IDENTITY,
 )
 MANY_TOKENS = Shape(5000, 33, 17, 6, 2, 1500, "skewed", "long enough to be shared out among threads")
 LARGE_SHAPES = (LARGE_CAPACITY, MANY_TOKENS)
