@@ -92,11 +92,19 @@ inline void dispatch(DType type, DType math, F&& f) {
   });
 }
 
-// One register's worth of sums; the compiler splits it where registers are narrower.
+#if defined(__AVX512F__)
+#define WIDENET_REGISTER_BYTES 64
+#elif defined(__AVX__)
+#define WIDENET_REGISTER_BYTES 32
+#else
+#define WIDENET_REGISTER_BYTES 16
+#endif
+
+// One register's worth of sums: what is wider, the compiler would take apart through memory.
 template <class A>
 struct Lanes {
-  static constexpr int64_t size = 64 / sizeof(A);
-  typedef A type __attribute__((vector_size(64)));
+  static constexpr int64_t size = WIDENET_REGISTER_BYTES / sizeof(A);
+  typedef A type __attribute__((vector_size(WIDENET_REGISTER_BYTES)));
 };
 
 template <class A, class T>
