@@ -114,7 +114,9 @@ class Experts(nn.Module):
             raise RuntimeError("Experts.accumulate_grads: FSDP holds the parameters and would miss their gradients")
         self._grad_buffers = GradBuffers(
             *(
-                torch.zeros_like(p, dtype=torch.float32) if p is not None and p.requires_grad else None
+                torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+                if p is not None and p.requires_grad
+                else None
                 for p in parameters
             )
         )

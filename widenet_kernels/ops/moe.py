@@ -25,7 +25,7 @@ from widenet_kernels.routing import RoutingPlan
 
 
 class GradBuffers(NamedTuple):
-    """fp32 tensors of the experts' shapes into which :func:`moe_ffn`'s backward adds; None where none is wanted."""
+    """Contiguous fp32 tensors of the experts' shapes that :func:`moe_ffn`'s backward adds into; None: none wanted."""
 
     w1: Tensor | None  # [E, D, F] (2F when gated)
     b1: Tensor | None  # [E, F] (2F when gated)
@@ -186,6 +186,8 @@ def _check_grad_buffers(buffers: Any, w1: Tensor, b1: Tensor | None, w2: Tensor,
         check_device("moe_ffn", argument, buffer, name, parameter)
         if buffer.dtype != torch.float32:
             raise wrong_type("moe_ffn", argument, "torch.float32", buffer.dtype)
+        if not buffer.is_contiguous():
+            raise invalid("moe_ffn", argument, "a contiguous tensor", f"strides {buffer.stride()}")
 
 
 def moe_ffn(
@@ -214,8 +216,8 @@ def moe_ffn(
         w1, b1: [E, D, F] and [E, F] or None, in the dtype of x; 2F in place of F for a gated activation.
         w2, b2: [E, F, D] and [E, D] or None, in the dtype of x.
         activation: "gelu", "gelu_tanh", "relu", "silu", "swiglu" or "geglu".
-        grad_buffers: (w1, b1, w2, b2), fp32: the backward adds the experts' gradients here instead of returning
-            them, so that many uses of the same experts cost no extra passes.
+        grad_buffers: (w1, b1, w2, b2), contiguous fp32: the backward adds the experts' gradients here instead of
+            returning them, so that many uses of the same experts cost no extra passes.
         backend: None (the best there is), "native", "triton" or "reference".
 
     Raises:
