@@ -34,7 +34,7 @@ def draw_loss(axes: Axes, epochs: range, history: list[dict[str, Any]]) -> None:
 
 
 def draw_accuracy(axes: Axes, epochs: range, history: list[dict[str, Any]], target: float) -> None:
-    curves = (("train_accuracy", ORANGE, "training (with dropout)"), ("accuracy", BLUE, "held out"))
+    curves = (("train_accuracy", ORANGE, "training (warped, with dropout)"), ("accuracy", BLUE, "held out"))
     for key, color, label in curves:
         axes.plot(epochs, [record[key] for record in history], color=color, marker="o", markersize=3, label=label)
     axes.axhline(target, color=GREY, linestyle="--", linewidth=1, label=f"target {target:.0%}")

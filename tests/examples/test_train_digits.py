@@ -154,4 +154,4 @@ def test_ctrl_c_of_the_real_program(tmp_path: pathlib.Path) -> None:
         rest, errors = program.communicate(timeout=60)
     assert program.returncode == 130, errors
     assert rest.splitlines()[-1].endswith(f"--threads 1 --out {tmp_path} --resume")
-    assert f"holds {len(load(tmp_path)['history'])} of 40 epochs" in rest.splitlines()[-1]
+    assert f"holds {len(load(tmp_path)['history'])} of 30 epochs" in rest.splitlines()[-1]
