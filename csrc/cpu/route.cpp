@@ -9,6 +9,7 @@ namespace widenet::WIDENET_LEVEL {
 namespace {
 
 constexpr int64_t kColumns = 64;  // of D at a time in the backward: the sums stay in cache
+constexpr int64_t kTokens = 64;   // are summed apart before they are added: a long sum loses few digits
 
 // Four experts share each load of x.
 template <class T, class A>
@@ -18,15 +19,22 @@ void logits_of_token(const T* x, const A* router_weight, int64_t num_experts, in
   int64_t e = 0;
   for (; e + 4 <= num_experts; e += 4) {
     const A* w = router_weight + e * dim;
-    typename Lanes<A>::type sum0{}, sum1{}, sum2{}, sum3{};
-    for (int64_t i = 0; i < whole; i += lanes) {
-      const auto value = load<A>(x + i);
-      sum0 += value * load<A>(w + i);
-      sum1 += value * load<A>(w + dim + i);
-      sum2 += value * load<A>(w + 2 * dim + i);
-      sum3 += value * load<A>(w + 3 * dim + i);
+    A total[4] = {};
+    for (int64_t first = 0; first < whole; first += kLongestSum) {
+      typename Lanes<A>::type sum0{}, sum1{}, sum2{}, sum3{};
+      const int64_t end = first + kLongestSum < whole ? first + kLongestSum : whole;
+      for (int64_t i = first; i < end; i += lanes) {
+        const auto value = load<A>(x + i);
+        sum0 += value * load<A>(w + i);
+        sum1 += value * load<A>(w + dim + i);
+        sum2 += value * load<A>(w + 2 * dim + i);
+        sum3 += value * load<A>(w + 3 * dim + i);
+      }
+      total[0] += sum<A>(sum0);
+      total[1] += sum<A>(sum1);
+      total[2] += sum<A>(sum2);
+      total[3] += sum<A>(sum3);
     }
-    A total[4] = {sum<A>(sum0), sum<A>(sum1), sum<A>(sum2), sum<A>(sum3)};
     for (int64_t j = 0; j < 4; ++j) {
       for (int64_t i = whole; i < dim; ++i) total[j] += static_cast<A>(widen(x[i])) * w[j * dim + i];
       logits[e + j] = total[j];
@@ -60,12 +68,21 @@ void grad_router_weight_columns(const RouteBackwardArgs& args, int64_t first, in
   for (int64_t e = 0; e < args.num_experts; ++e) {
     for (int64_t i = 0; i < n; ++i) out[e * args.dim + i] = 0;
   }
-  for (int64_t t = 0; t < args.num_tokens; ++t) {
-    A value[kColumns];
-    for (int64_t i = 0; i < n; ++i) value[i] = static_cast<A>(widen(x[t * args.dim + i]));
+  A value[kTokens][kColumns] = {};  // zero behind column n, so that the sums below are of a known number
+  for (int64_t begin = 0; begin < args.num_tokens; begin += kTokens) {
+    const int64_t tokens = begin + kTokens < args.num_tokens ? kTokens : args.num_tokens - begin;
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t i = 0; i < n; ++i) value[t][i] = static_cast<A>(widen(x[(begin + t) * args.dim + i]));
+    }
     for (int64_t e = 0; e < args.num_experts; ++e) {
-      const A g = grad[t * args.num_experts + e];
-      for (int64_t i = 0; i < n; ++i) out[e * args.dim + i] += g * value[i];
+      typename Lanes<A>::type sums[kColumns / Lanes<A>::size] = {};
+      for (int64_t t = 0; t < tokens; ++t) {
+        const A g = grad[(begin + t) * args.num_experts + e];
+        for (int64_t i = 0; i < kColumns / Lanes<A>::size; ++i) sums[i] += g * load<A>(value[t] + i * Lanes<A>::size);
+      }
+      A total[kColumns];
+      std::memcpy(total, sums, sizeof(total));
+      for (int64_t i = 0; i < n; ++i) out[e * args.dim + i] += total[i];
     }
   }
 }

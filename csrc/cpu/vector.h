@@ -139,17 +139,24 @@ inline A sum(const A* p, int64_t n) {
   return total;
 }
 
+// Longer sums are taken in pieces of so many elements: the error of a lane grows with what is added in it.
+constexpr int64_t kLongestSum = 1024;
+
 // <a, b> in lanes, so that the order of summation does not depend on the caller.
 template <class A, class T, class U>
 inline A dot(const T* a, const U* b, int64_t n) {
   constexpr int64_t lanes = Lanes<A>::size;
-  typename Lanes<A>::type even{}, odd{};
+  A total = 0;
   int64_t i = 0;
-  for (; i + 2 * lanes <= n; i += 2 * lanes) {
-    even += load<A>(a + i) * load<A>(b + i);
-    odd += load<A>(a + i + lanes) * load<A>(b + i + lanes);
+  while (i + 2 * lanes <= n) {
+    typename Lanes<A>::type even{}, odd{};
+    const int64_t end = i + kLongestSum < n ? i + kLongestSum : n;
+    for (; i + 2 * lanes <= end; i += 2 * lanes) {
+      even += load<A>(a + i) * load<A>(b + i);
+      odd += load<A>(a + i + lanes) * load<A>(b + i + lanes);
+    }
+    total += sum<A>(even + odd);
   }
-  A total = sum<A>(even + odd);
   for (; i < n; ++i) total += static_cast<A>(widen(a[i])) * static_cast<A>(widen(b[i]));
   return total;
 }
