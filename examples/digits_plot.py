@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
 
@@ -40,6 +40,7 @@ def draw_accuracy(axes: Axes, epochs: range, history: list[dict[str, Any]], targ
     axes.axhline(target, color=GREY, linestyle="--", linewidth=1, label=f"target {target:.0%}")
     if history[-1]["accuracy"] > 0.9:  # the last percents are of interest, not the way to them
         axes.set_ylim(0.8, 1.005)
+        axes.yaxis.set_major_locator(MultipleLocator(0.05))
     axes.set_title(f"Accuracy: {history[-1]['accuracy']:.1%} of the held-out digits")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(loc="lower right", frameon=False)
