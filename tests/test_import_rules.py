@@ -18,8 +18,6 @@ ALLOWED = {
     "integrations": {"models", "nn", "ops"},
     "testing": {"routing", "reference", "ops"},
 }
-# Constants of the reference that are part of the vocabulary: the names of the activations.
-EXCEPTIONS = {("nn", "widenet_kernels.reference.activation")}
 FREE = {"__init__", "__main__"}  # the exports and the command line see everything
 
 
@@ -60,7 +58,7 @@ def test_imports(path):
         if root == "torch" or root != "widenet_kernels":
             continue
         other = inner.partition(".")[0]
-        if other == "__version__" or (part, module) in EXCEPTIONS:
+        if other == "__version__":
             continue
         assert other == part or other in ALLOWED[part], where
         assert other != "triton" or part == "triton" or not at_top, f"{where} at its top: Triton is imported when used"

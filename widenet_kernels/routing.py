@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+GATED = {"swiglu": "silu", "geglu": "gelu"}  # act(gate half) * value half, and the activation of the gate half
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", *GATED)
+
 
 class Gate(NamedTuple):
     """What :func:`topk_gate` decides for each token."""

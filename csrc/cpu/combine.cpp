@@ -50,16 +50,21 @@ void combine_token(const CombineArgs& args, int64_t t) {
 
 template <class T, class A>
 void combine_backward_row(const CombineBackwardArgs& args, int64_t r) {
-  T* grad_row = static_cast<T*>(args.grad_rows) + r * args.dim;
+  T* grad_row = args.grad_rows ? static_cast<T*>(args.grad_rows) + r * args.dim : nullptr;
   const int64_t choice = args.row_choice[r];
   if (choice < 0 || choice >= args.num_tokens * args.k) {
-    for (int64_t i = 0; i < args.dim; ++i) grad_row[i] = T{};
+    for (int64_t i = 0; grad_row && i < args.dim; ++i) grad_row[i] = T{};
     return;
   }
   const T* grad = static_cast<const T*>(args.grad) + choice / args.k * args.dim;
-  const A w = static_cast<const A*>(args.weight)[choice];
-  for (int64_t i = 0; i < args.dim; ++i) grad_row[i] = narrow<T>(w * static_cast<A>(widen(grad[i])));
-  static_cast<A*>(args.grad_weight)[choice] = dot<A>(grad, static_cast<const T*>(args.rows) + r * args.dim, args.dim);
+  if (grad_row) {
+    const A w = static_cast<const A*>(args.weight)[choice];
+    for (int64_t i = 0; i < args.dim; ++i) grad_row[i] = narrow<T>(w * static_cast<A>(widen(grad[i])));
+  }
+  if (args.grad_weight) {
+    const T* row = static_cast<const T*>(args.rows) + r * args.dim;
+    static_cast<A*>(args.grad_weight)[choice] = dot<A>(grad, row, args.dim);
+  }
 }
 
 }  // namespace

@@ -94,8 +94,8 @@ struct CombineBackwardArgs {
   const void* weight;         // [T, K]
   const int32_t* row_choice;  // [R]
   int64_t num_tokens, k, dim;
-  void* grad_rows;    // [R, D]
-  void* grad_weight;  // [T, K], zero beforehand
+  void* grad_rows;    // [R, D], or null
+  void* grad_weight;  // [T, K], zero beforehand, or null
 };
 
 // Over the rows of one expert. z += bias in place; out = act(z), which may be z itself unless gated.

@@ -2,6 +2,7 @@
 //
 // level= names the vector instructions, "" the best ones. The work is cut as finely as the threads allow, whatever its
 // size.
+#include <algorithm>
 #include <limits>
 #include <tuple>
 
@@ -38,6 +39,12 @@ Activation activation_of(const std::string& name) {
 int64_t width_of(int64_t wide, Activation act) {
   require(!is_gated(act) || wide % 2 == 0, "z", "an even width for a gated activation");
   return is_gated(act) ? wide / 2 : wide;
+}
+
+using Outputs = std::vector<std::string>;
+
+bool wanted(const Outputs& outputs, const char* name) {
+  return std::find(outputs.begin(), outputs.end(), name) != outputs.end();
 }
 
 int64_t num_chunks(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
@@ -208,12 +215,15 @@ auto combine(const array& rows, const Optional& weight, const array& choice_row,
   return y.result;
 }
 
+// grad_rows, grad_weight: those that are in `outputs`, else None.
 auto combine_backward(const array& grad, const array& rows, const array& weight, const array& row_choice,
-                      const std::string& level) {
+                      const Outputs& outputs, const std::string& level) {
   const DType type = float_dtype("rows", rows), math = math_dtype("weight", weight);
   require(type != DType::f64 || math == DType::f64, "weight", "float64, as the rows are");
   const Shape shape = shape_of("rows", rows, 2), choices = shape_of("weight", weight, 2);
-  Output grad_rows(type, shape), grad_weight = zeros(math, choices);
+  Output grad_rows, grad_weight;
+  if (wanted(outputs, "grad_rows")) grad_rows = Output(type, shape);
+  if (wanted(outputs, "grad_weight")) grad_weight = zeros(math, choices);
   const CombineBackwardArgs args{type,
                                  math,
                                  input("grad", grad, type, {choices[0], shape[1]}),
@@ -246,7 +256,7 @@ auto activation(const array& z_in, const std::optional<std::string>& name, const
 
 // grad_z, scaled, dot, column_sums: those that are in `outputs`, else None. In place, grad_z is written over grad.
 auto activation_backward(const array& z, const Optional& grad_in, const std::string& name, const Optional& row_weight,
-                         const std::vector<std::string>& outputs, bool in_place, const std::string& level) {
+                         const Outputs& outputs, bool in_place, const std::string& level) {
   const DType type = float_dtype("z", z), math = math_of(type);
   const Activation act = activation_of(name);
   const Shape shape = shape_of("z", z, 2);
@@ -255,18 +265,10 @@ auto activation_backward(const array& z, const Optional& grad_in, const std::str
   require(!in_place || (grad_in && !is_gated(act)), "in_place", "False without grad or for a gated activation");
   Output grad, grad_z, scaled, dot, sums;
   if (grad_in) grad = copy("grad", *grad_in, type, narrow);
-  for (const std::string& wanted : outputs) {
-    if (wanted == "grad_z") {
-      grad_z = in_place ? grad : Output(type, shape);
-    } else if (wanted == "scaled") {
-      scaled = Output(type, narrow);
-    } else if (wanted == "dot") {
-      dot = Output(math, {shape[0]});
-    } else {
-      require(wanted == "column_sums", "outputs", "grad_z, scaled, dot or column_sums");
-      sums = Output(math, {num_chunks(shape[0]), shape[1]});
-    }
-  }
+  if (wanted(outputs, "grad_z")) grad_z = in_place ? grad : Output(type, shape);
+  if (wanted(outputs, "scaled")) scaled = Output(type, narrow);
+  if (wanted(outputs, "dot")) dot = Output(math, {shape[0]});
+  if (wanted(outputs, "column_sums")) sums = Output(math, {num_chunks(shape[0]), shape[1]});
   require(!sums.result || grad_z.result, "outputs", "grad_z where column_sums is");
   const ActivationBackwardArgs args{type,
                                     act,
@@ -363,10 +365,11 @@ PYBIND11_MODULE(_numpy_kernels, m) {
         optional("score"));
   m.def("permute", &permute, "x"_a, "row_choice"_a, "k"_a, level);
   m.def("combine", &combine, "rows"_a, "weight"_a, "choice_row"_a, optional("bias"), optional("expert_begin"), level);
-  m.def("combine_backward", &combine_backward, "grad"_a, "rows"_a, "weight"_a, "row_choice"_a, level);
+  m.def("combine_backward", &combine_backward, "grad"_a, "rows"_a, "weight"_a, "row_choice"_a,
+        "outputs"_a = Outputs{"grad_rows", "grad_weight"}, level);
   m.def("activation", &activation, "z"_a, "activation"_a, optional("bias"), "in_place"_a = false, level);
   m.def("activation_backward", &activation_backward, "z"_a, "grad"_a, "activation"_a, optional("row_weight"),
-        "outputs"_a = std::vector<std::string>{"grad_z", "scaled", "dot", "column_sums"}, "in_place"_a = false, level);
+        "outputs"_a = Outputs{"grad_z", "scaled", "dot", "column_sums"}, "in_place"_a = false, level);
   m.def("column_sum", &column_sum, "rows"_a, optional("row_weight"), level);
   m.def("reduce_chunks", &reduce_chunks, "column_sums"_a, "initial"_a, "accumulate"_a = false, level);
   m.def("weight_gradient", &weight_gradient, "dot"_a, "grad"_a, "row_choice"_a, "num_choices"_a, optional("bias"),

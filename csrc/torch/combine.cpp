@@ -11,26 +11,26 @@ Tensor combine(Tensor rows, Tensor weight, Tensor choice_row, Tensor) {
 }
 
 std::tuple<Tensor, Tensor> combine_backward(Tensor grad_in, Tensor rows_in, Tensor weight_in, Tensor,
-                                            Tensor row_choice_in) {
+                                            Tensor row_choice_in, bool need_rows, bool need_weight) {
   const Tensor grad = to_contiguous(grad_in), rows = to_contiguous(rows_in), row_choice = to_contiguous(row_choice_in);
   const ScalarType math = math_type(rows, weight_in);
   const Tensor weight = to_contiguous(weight_in, math);
-  const int64_t dim = rows.size(1);
-  const Tensor grad_rows = empty_tensor(rows, {rows.size(0), dim});
-  Tensor grad_weight = empty_tensor(rows, {weight.size(0), weight.size(1)}, math);
-  torch::stable::zero_(grad_weight);
+  const int64_t num_rows = rows.size(0), dim = rows.size(1), num_tokens = weight.size(0), k = weight.size(1);
+  const Tensor grad_rows = need_rows ? empty_tensor(rows, {num_rows, dim}) : nothing(rows);
+  Tensor grad_weight = need_weight ? empty_tensor(rows, {num_tokens, k}, math) : nothing(weight);
+  if (need_weight) torch::stable::zero_(grad_weight);
   const CombineBackwardArgs args{dtype_of(rows),
                                  dtype_of(weight),
                                  data(grad),
                                  data(rows),
                                  data(weight),
                                  integers(row_choice),
-                                 grad.size(0),
-                                 weight.size(1),
+                                 num_tokens,
+                                 k,
                                  dim,
-                                 grad_rows.mutable_data_ptr(),
-                                 grad_weight.mutable_data_ptr()};
-  parallel_for(rows.size(0), kGrainElements / (dim + 1) + 1,
+                                 need_rows ? grad_rows.mutable_data_ptr() : nullptr,
+                                 need_weight ? grad_weight.mutable_data_ptr() : nullptr};
+  parallel_for(num_rows, kGrainElements / (dim + 1) + 1,
                [&](int64_t begin, int64_t end) { kernels().combine_backward(args, begin, end); });
   return {grad_rows, to_contiguous(grad_weight, weight_in.scalar_type())};
 }

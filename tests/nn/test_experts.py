@@ -7,7 +7,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import widenet_kernels as wk
-from widenet_kernels.reference.activation import ACTIVATIONS
+from widenet_kernels.routing import ACTIVATIONS
 from widenet_kernels.testing import inputs
 from widenet_kernels.testing.numerics import assert_float64, assert_same_bits
 

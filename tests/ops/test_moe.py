@@ -7,7 +7,7 @@ import torch
 from test_grouped_gemm import LAYOUTS
 
 import widenet_kernels as wk
-from widenet_kernels.reference.activation import ACTIVATIONS
+from widenet_kernels.routing import ACTIVATIONS
 from widenet_kernels.testing import inputs
 from widenet_kernels.testing.numerics import assert_float64, assert_op_as_good_as, assert_same_bits, value_and_grads
 

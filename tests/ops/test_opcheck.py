@@ -43,7 +43,7 @@ def samples(shape, device, dtype, activation):
         "grouped_gemm": [*leaf(rows, w1, b1), *places, activation, True],
         "grouped_gemm_backward": [grad_hidden, rows, w1, z, *places, activation, True, True, False],
         "combine": [*leaf(rows, weight), *maps],
-        "combine_backward": [grad_y, rows, weight, *maps],
+        "combine_backward": [grad_y, rows, weight, *maps, True, True],
         "moe_ffn": [*leaf(x, weight), *maps, *places, *leaf(w1, b1, w2, b2), activation, True],
         "moe_ffn_backward": [*saved, True, True, True, False, True, True],
         "moe_ffn_backward_accumulate": [*saved, True, True, *buffers],

@@ -159,9 +159,10 @@ class CalledWith(TorchDispatchMode):
     {
         "route": ["x", "router_weight"],
         "grouped_gemm": ["rows", "weight", "bias"],
+        "combine": ["rows", "weight"],
         "moe_ffn": ["x", "weight", "w1", "b1", "w2", "b2"],
     }.items(),
-    ids=["route", "grouped_gemm", "moe_ffn"],
+    ids=["route", "grouped_gemm", "combine", "moe_ffn"],
 )
 def test_no_gradient_work_for_frozen_inputs(op, names, device, backend):
     """The backward op is told what is needed, and gives the rest back without elements."""

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from widenet_kernels.reference import combine, gate, grouped_gemm, moe, permute, route
-from widenet_kernels.reference.activation import ACTIVATIONS, activate, activate_backward
+from widenet_kernels.reference.activation import activate, activate_backward
+from widenet_kernels.routing import ACTIVATIONS
 from widenet_kernels.testing import inputs
 from widenet_kernels.testing.numerics import assert_float64
 
@@ -77,7 +78,7 @@ def test_combine(shape):
     y = combine.combine(rows, weight, plan.choice_row, plan.row_choice)
     grad = random_like(y)
     expected = torch.autograd.grad(y, (rows, weight), grad, materialize_grads=True)
-    ours = combine.combine_backward(grad, rows.detach(), weight.detach(), plan.choice_row, plan.row_choice)
+    ours = combine.combine_backward(grad, rows.detach(), weight.detach(), plan.choice_row, plan.row_choice, True, True)
     for result, exact in zip(ours, expected, strict=True):
         assert_float64(result, exact)
 

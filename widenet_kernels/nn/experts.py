@@ -11,8 +11,7 @@ from widenet_kernels.ops.combine import combine
 from widenet_kernels.ops.grouped_gemm import grouped_gemm
 from widenet_kernels.ops.moe import GradBuffers, moe_ffn
 from widenet_kernels.ops.permute import permute
-from widenet_kernels.reference.activation import ACTIVATIONS, GATED
-from widenet_kernels.routing import RoutingPlan
+from widenet_kernels.routing import ACTIVATIONS, GATED, RoutingPlan
 
 
 class Experts(nn.Module):

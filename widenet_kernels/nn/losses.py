@@ -41,9 +41,10 @@ def load_balance_loss(probs: Tensor, plan: RoutingPlan, mask: Tensor | None = No
     shape = (plan.choice_row.shape[0], plan.num_experts)
     check_tensor("load_balance_loss", "probs", probs, shape, "[T, E] with the plan's T and E")
     _check_mask("load_balance_loss", mask, probs, "probs")
-    demand = plan.expert_demand.to(probs.dtype)
+    wide = probs if probs.dtype == torch.float64 else probs.float()
+    demand = plan.expert_demand.to(wide.dtype)
     share = demand / demand.sum().clamp(min=1)
-    return plan.num_experts * (share * _mean_over_tokens(probs, mask)).sum()
+    return plan.num_experts * (share * _mean_over_tokens(wide, mask)).sum()
 
 
 def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -16,9 +16,15 @@ def _fake(rows: Tensor, weight: Tensor, choice_row: Tensor, row_choice: Tensor) 
 
 
 def _fake_backward(
-    grad: Tensor, rows: Tensor, weight: Tensor, choice_row: Tensor, row_choice: Tensor
+    grad: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    choice_row: Tensor,
+    row_choice: Tensor,
+    need_rows: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(rows.shape), weight.new_empty(weight.shape)
+    return rows.new_empty(rows.shape if need_rows else 0), weight.new_empty(weight.shape if need_weight else 0)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -26,13 +32,14 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
-    grad_rows, grad_weight = ops.combine_backward(grad, *ctx.saved_tensors)
-    return grad_rows, grad_weight, None, None
+    need = ctx.needs_input_grad[:2]
+    grads = ops.combine_backward(grad, *ctx.saved_tensors, *need)
+    return *(g if needed else None for g, needed in zip(grads, need, strict=True)), None, None
 
 
 define_op(
-    "combine_backward(Tensor grad, Tensor rows, Tensor weight, Tensor choice_row, Tensor row_choice) "
-    "-> (Tensor, Tensor)",
+    "combine_backward(Tensor grad, Tensor rows, Tensor weight, Tensor choice_row, Tensor row_choice, "
+    "bool need_rows, bool need_weight) -> (Tensor, Tensor)",
     reference.combine_backward,
     _fake_backward,
 )

@@ -16,8 +16,7 @@ from widenet_kernels.ops.checks import (
 )
 from widenet_kernels.ops.registry import define_op, ops_for
 from widenet_kernels.reference import grouped_gemm as reference
-from widenet_kernels.reference.activation import ACTIVATIONS, GATED
-from widenet_kernels.routing import RoutingPlan
+from widenet_kernels.routing import ACTIVATIONS, GATED, RoutingPlan
 
 
 def check_activation(op: str, activation: str | None, width: int, argument: str) -> None:

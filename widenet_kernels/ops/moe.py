@@ -20,8 +20,7 @@ from widenet_kernels.ops.checks import (
 from widenet_kernels.ops.grouped_gemm import check_activation
 from widenet_kernels.ops.registry import define_op, ops_for
 from widenet_kernels.reference import moe as reference
-from widenet_kernels.reference.activation import GATED
-from widenet_kernels.routing import RoutingPlan
+from widenet_kernels.routing import GATED, RoutingPlan
 
 
 class GradBuffers(NamedTuple):

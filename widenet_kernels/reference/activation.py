@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from widenet_kernels.reference.gate import math_dtype
-
-GATED = {"swiglu": "silu", "geglu": "gelu"}
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", *GATED)
+from widenet_kernels.routing import GATED
 
 
 def _plain(z: Tensor, name: str) -> Tensor:

@@ -28,20 +28,26 @@ def combine(rows: Tensor, weight: Tensor, choice_row: Tensor, row_choice: Tensor
 
 
 def combine_backward(
-    grad: Tensor, rows: Tensor, weight: Tensor, choice_row: Tensor, row_choice: Tensor
+    grad: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    choice_row: Tensor,
+    row_choice: Tensor,
+    need_rows: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """d rows [R, D] and d weight [T, K]; exactly 0 for unused rows and dropped choices."""
+    """d rows [R, D] and d weight [T, K]: 0 for unused rows and dropped choices; of no elements where not needed."""
     k = choice_row.shape[1]
     dtype = math_dtype(rows, weight)
-    if rows.shape[0] == 0 or choice_row.shape[0] == 0:
-        return torch.zeros_like(rows), torch.zeros_like(weight)
-    used = (row_choice >= 0)[:, None]
-    choice = row_choice.clamp(min=0)
-    grad_of_row = grad.index_select(0, choice // k).to(dtype)
-    weight_of_row = weight.reshape(-1).index_select(0, choice)[:, None].to(dtype)
-    grad_rows = torch.where(used, grad_of_row * weight_of_row, 0).to(rows.dtype)
-
-    dot = (grad_of_row * torch.where(used, rows, 0).to(dtype)).sum(dim=-1)
-    row = choice_row.reshape(-1)
-    grad_weight = torch.where(row >= 0, dot.index_select(0, row.clamp(min=0)), 0)
-    return grad_rows, grad_weight.view_as(weight).to(weight.dtype)
+    grad_rows, grad_weight = rows.new_zeros(rows.shape), weight.new_zeros(weight.shape)
+    if rows.shape[0] and choice_row.shape[0]:
+        used = (row_choice >= 0)[:, None]
+        choice = row_choice.clamp(min=0)
+        grad_of_row = grad.index_select(0, choice // k).to(dtype)
+        weight_of_row = weight.reshape(-1).index_select(0, choice)[:, None].to(dtype)
+        grad_rows = torch.where(used, grad_of_row * weight_of_row, 0).to(rows.dtype)
+        dot = (grad_of_row * torch.where(used, rows, 0).to(dtype)).sum(dim=-1)
+        row = choice_row.reshape(-1)
+        grad_weight = torch.where(row >= 0, dot.index_select(0, row.clamp(min=0)), 0)
+        grad_weight = grad_weight.view(weight.shape).to(weight.dtype)
+    return grad_rows if need_rows else rows.new_empty(0), grad_weight if need_weight else weight.new_empty(0)

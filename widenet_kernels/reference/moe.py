@@ -56,7 +56,7 @@ def moe_ffn_backward(
     begin, count = expert_begin, expert_count
     hidden = activate(z, activation)
     out = matmul(hidden, w2, b2, begin, count)
-    grad_out, grad_weight = combine_backward(grad, out, weight, choice_row, row_choice)
+    grad_out, grad_weight = combine_backward(grad, out, weight, choice_row, row_choice, True, need_weight)
     first = need_x or need_w1 or need_b1  # whether the gradient goes further back than the second GEMM
     grad_hidden, grad_w2, grad_b2 = grouped_gemm_backward(
         grad_out, hidden, w2, z, begin, count, "", first, need_w2, need_b2
@@ -69,8 +69,6 @@ def moe_ffn_backward(
             grad_hidden, rows, w1, z, begin, count, activation, need_x, need_w1, need_b1
         )
         grad_x = permute_backward(grad_rows, choice_row) if need_x else grad_x
-    if not need_weight:
-        grad_weight = weight.new_empty(0)
     return grad_x, grad_weight, grad_w1, grad_b1, grad_w2, grad_b2
 
 

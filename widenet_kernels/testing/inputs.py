@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from widenet_kernels.ops.plan import plan_routing
-from widenet_kernels.reference.activation import GATED
-from widenet_kernels.routing import RoutingPlan
+from widenet_kernels.routing import GATED, RoutingPlan
 
 # How the tokens choose: evenly; some experts much more than others; everybody the last expert first; nobody the
 # middle one; some choices outside [0, E); all choices outside.
