@@ -108,8 +108,10 @@ void gate_backward_token(const GateBackwardArgs& args, int64_t t) {
       if (chosen(k)) grad[index[k]] += (grad_weight[k] - shared) / kept;
     }
   }
-  const A mean = dot<A>(grad, probs, num_experts);
-  for (int64_t e = 0; e < num_experts; ++e) grad[e] = probs[e] * (grad[e] - mean);
+  if (any_nonzero(grad, num_experts)) {  // else zero it stays, even if a masked token's probs are NaN
+    const A mean = dot<A>(grad, probs, num_experts);
+    for (int64_t e = 0; e < num_experts; ++e) grad[e] = probs[e] * (grad[e] - mean);
+  }
   if (args.grad_logits) {
     const A* grad_logits = static_cast<const A*>(args.grad_logits) + t * num_experts;
     for (int64_t e = 0; e < num_experts; ++e) grad[e] += grad_logits[e];

@@ -29,7 +29,8 @@ struct GateArgs {
   void* probs;            // [T, E] math type
 };
 
-// Over tokens. The gradient of the gate, plus grad_logits if given.
+// Over tokens. The gradient of the gate, plus grad_logits if given. A token whose incoming gradients are all zero has a
+// gradient of zero, whatever its probs hold.
 struct GateBackwardArgs {
   DType type;                   // f32 or f64, of everything
   const void* grad_weight;      // [T, K], or null
@@ -53,7 +54,8 @@ struct RouteArgs {
   void* logits;  // [T, E]
 };
 
-// Over tokens (grad_x = grad router_weight) or over columns of D (grad_router_weight = grad^T x).
+// Over tokens (grad_x = grad router_weight) or over columns of D (grad_router_weight = grad^T x, without the tokens
+// whose gradient is all zero: a masked one may hold NaN).
 struct RouteBackwardArgs {
   DType type, math;           // of x and grad_x; of the rest
   const void* grad;           // [T, E]

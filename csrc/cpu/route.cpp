@@ -72,7 +72,8 @@ void grad_router_weight_columns(const RouteBackwardArgs& args, int64_t first, in
   for (int64_t begin = 0; begin < args.num_tokens; begin += kTokens) {
     const int64_t tokens = begin + kTokens < args.num_tokens ? kTokens : args.num_tokens - begin;
     for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t i = 0; i < n; ++i) value[t][i] = static_cast<A>(widen(x[(begin + t) * args.dim + i]));
+      const bool asked = any_nonzero(grad + (begin + t) * args.num_experts, args.num_experts);
+      for (int64_t i = 0; i < n; ++i) value[t][i] = asked ? static_cast<A>(widen(x[(begin + t) * args.dim + i])) : 0;
     }
     for (int64_t e = 0; e < args.num_experts; ++e) {
       typename Lanes<A>::type sums[kColumns / Lanes<A>::size] = {};

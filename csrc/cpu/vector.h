@@ -161,4 +161,12 @@ inline A dot(const T* a, const U* b, int64_t n) {
   return total;
 }
 
+// Whether a gradient asks anything of its token; NaN does.
+template <class A>
+inline bool any_nonzero(const A* values, int64_t n) {
+  bool found = false;
+  for (int64_t i = 0; i < n; ++i) found |= values[i] != 0;
+  return found;
+}
+
 }  // namespace widenet::WIDENET_LEVEL

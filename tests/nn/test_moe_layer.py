@@ -221,3 +221,17 @@ def test_errors():
         wk.MoELayer(8, 12, 4, backend="abacus")(torch.zeros(2, 8))
     with pytest.raises(ValueError, match=r"^route: router_weight: expected \[E, D\] = \[any, 9\], got .*\[4, 8\]"):
         wk.MoELayer(8, 12, 4)(torch.zeros(2, 9))
+
+
+def test_nan_in_a_masked_token_reaches_no_other_token_and_no_gradient(backend):
+    layer = wk.MoELayer(6, 5, 3, backend=backend)
+    x, mask = torch.randn(7, 6), torch.arange(7) != 4
+    x[4] = float("nan")
+    x.requires_grad_()
+    y, aux = layer(x, mask)
+    assert y.isfinite().all()
+    assert not y[4].any()
+    (y.square().sum() + aux.balance_loss + aux.z_loss).backward()
+    for name, tensor in [("x", x), *layer.named_parameters()]:
+        assert tensor.grad.isfinite().all(), name
+    assert not x.grad[4].any()

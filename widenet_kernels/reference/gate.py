@@ -19,6 +19,11 @@ def ranking_key(z: Tensor) -> Tensor:
     return torch.where(z.isnan(), lowest, key)
 
 
+def asked(grad: Tensor) -> Tensor:
+    """[T, 1]: whether a gradient [T, E] asks anything of its token; the others may be masked ones that hold NaN."""
+    return (grad != 0).any(dim=-1, keepdim=True)
+
+
 def topk_gate(logits: Tensor, k: int, noise: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
     z = logits.to(math_dtype(logits))
     if noise is not None:
@@ -49,4 +54,5 @@ def topk_gate_backward(
             kept = probs.gather(1, index).sum(dim=-1, keepdim=True)
             share = torch.where(chosen, (share - (share * weight).sum(dim=-1, keepdim=True)) / kept, 0)
         total = total.scatter_add(1, index, share)
-    return probs * (total - (total * probs).sum(dim=-1, keepdim=True))
+    grad = probs * (total - (total * probs).sum(dim=-1, keepdim=True))
+    return torch.where(asked(total), grad, 0)

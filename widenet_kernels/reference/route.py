@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from widenet_kernels.reference.gate import math_dtype, topk_gate, topk_gate_backward
+from widenet_kernels.reference.gate import asked, math_dtype, topk_gate, topk_gate_backward
 from widenet_kernels.reference.plan import plan_routing
 
 
@@ -49,5 +49,5 @@ def route_backward(
     if need_x:
         grad_x = (grad @ router_weight.to(grad.dtype)).to(x.dtype)
     if need_router_weight:
-        grad_router_weight = (grad.t() @ x.to(grad.dtype)).to(router_weight.dtype)
+        grad_router_weight = (grad.t() @ torch.where(asked(grad), x, 0).to(grad.dtype)).to(router_weight.dtype)
     return grad_x, grad_router_weight
