@@ -2,7 +2,7 @@
 # For torch's smaller CPU build, point pip at an index that has it (PIP_INDEX_URL or pip's configuration).
 
 PYTHON ?= python3
-EPOCHS ?= 40
+EPOCHS ?= 30
 OUT ?= out/digits
 
 VENV := .venv
