@@ -13,7 +13,6 @@ from widenet_kernels.reference.gate import topk_gate, topk_gate_backward
 from widenet_kernels.reference.grouped_gemm import rows_of_experts
 from widenet_kernels.reference.permute import permute
 from widenet_kernels.routing import ACTIVATIONS, GATED
-from widenet_kernels.routing import ACTIVATIONS, GATED
 from widenet_kernels.testing import inputs
 from widenet_kernels.testing.numerics import assert_as_good_as, assert_float64, assert_same_bits, largest_error
 
@@ -22,7 +21,15 @@ SHAPES = (*inputs.SHAPES, inputs.MANY_TOKENS)
 SIZES = ((0, 5), (1, 1), (3, 0), (32, 16), (33, 13), (65, 257), (70, 600))
 CHUNK = 32
 
+FEW = (inputs.ORDINARY, inputs.DROPLESS, inputs.MANY_TOKENS)
+
 of_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+of_few_shapes = pytest.mark.parametrize("shape", FEW, ids=str)
+# ``wide``: a router weight or gate weight in float64, whatever the rest is.
+of_shape_and_math = pytest.mark.parametrize(
+    ("shape", "wide"),
+    [pytest.param(s, wide, id=f"{s}{'-float64' * wide}") for wide in (False, True) for s in (FEW if wide else SHAPES)],
+)
 of_size = pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 of_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 with_or_without = pytest.mark.parametrize("given", [True, False], ids=["all", "few"])  # of the optional arguments
@@ -69,11 +76,7 @@ def test_gate(kernels, shape, dtype, given):
     assert_same_bits(masked_probs, probs, "masked probs")
 
 
-@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalized"])
-@pytest.mark.parametrize("absent", [None, 0, 1, 2], ids=["all", "no-weight", "no-probs", "no-logits"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@of_shape
-def test_gate_backward(kernels, shape, dtype, absent, normalize):
+def check_gate_backward(kernels, shape, dtype, normalize, absent=None):
     weight, index, probs = topk_gate(inputs.make_logits(shape, dtype=dtype), shape.K, None, normalize)
     index = torch.where(inputs.make_mask(shape.T)[:, None], index, -1)
     grads = [inputs.normal(*t.shape, seed=seed, dtype=dtype) for seed, t in enumerate((weight, probs, probs))]
@@ -89,11 +92,22 @@ def test_gate_backward(kernels, shape, dtype, absent, normalize):
     assert_good(grad, reference_in(dtype), reference_in(torch.float64))
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["math", "float64"])
-@of_dtype
+@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalized"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @of_shape
+def test_gate_backward(kernels, shape, dtype, normalize):
+    check_gate_backward(kernels, shape, dtype, normalize)
+
+
+@pytest.mark.parametrize("absent", [0, 1, 2], ids=["no-weight", "no-probs", "no-logits"])
+@of_few_shapes
+def test_gate_backward_without_some_gradient(kernels, shape, absent):
+    check_gate_backward(kernels, shape, torch.float32, True, absent)
+
+
+@of_dtype
+@of_shape_and_math
 def test_route(kernels, shape, dtype, wide):
-    """``wide``: a router weight in float64, whatever x is."""
     math = torch.float64 if wide else math_dtype(dtype)
     x, router_weight = inputs.make_x(shape, dtype=dtype), inputs.normal(shape.E, shape.D, seed=8, dtype=math)
     grad = inputs.normal(shape.T, shape.E, seed=9, dtype=math)
@@ -124,10 +138,9 @@ def bias_of_rows(bias, plan):
     return out
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["math", "float64"])
 @with_or_without
 @of_dtype
-@of_shape
+@of_shape_and_math
 def test_combine(kernels, shape, dtype, given, wide):
     plan, math = inputs.make_plan(shape), torch.float64 if wide else math_dtype(dtype)
     rows = inputs.poisoned(make_rows(shape, dtype), inputs.unused_rows(plan))
@@ -161,9 +174,8 @@ def test_combine_without_weight(kernels, shape, dtype):
     assert_good(y, gather_sum(rows, None, plan.choice_row), exact)
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["math", "float64"])
 @of_dtype
-@of_shape
+@of_shape_and_math
 def test_combine_backward(kernels, shape, dtype, wide):
     plan, math = inputs.make_plan(shape), torch.float64 if wide else math_dtype(dtype)
     rows, grad = make_rows(shape, dtype), inputs.normal(shape.T, shape.D, seed=5, dtype=dtype)

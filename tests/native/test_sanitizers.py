@@ -48,7 +48,7 @@ def test_native_tests_pass_under_the_sanitizers(built):
 
 
 MISTAKES = {
-    "read past the end": ("read_past_the_end(np.zeros(4096))", "AddressSanitizer: heap-buffer-overflow"),
+    "read past the end": ("read_past_the_end(np.zeros(4096, np.float32))", "AddressSanitizer: heap-buffer-overflow"),
     "signed overflow": ("overflow(2**31 - 1)", "runtime error: signed integer overflow"),
 }
 
