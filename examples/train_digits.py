@@ -1,6 +1,6 @@
 """Train a small WideNet on 1,797 real handwritten digits, and say how many of the held-out ones it reads.
 
-    python examples/train_digits.py                 # about a minute on two cores
+    python examples/train_digits.py                 # about a minute on one core
     python examples/train_digits.py --dense         # the same network with one shared dense FFN instead of experts
     python examples/train_digits.py --resume        # go on where an interrupted run stopped, to the same bits
 
@@ -203,7 +203,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, help="of everything random but the choice of the held-out images"
     )
-    parser.add_argument("--threads", type=int, default=2, help="a fixed number, because sums depend on it")
+    parser.add_argument("--threads", type=int, default=1, help="more wait for each other where other programs run")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/digits"), metavar="DIR")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in DIR")
     return parser
