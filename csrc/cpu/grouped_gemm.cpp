@@ -12,69 +12,86 @@ constexpr int64_t kColumns = 256;  // of F at a time: what is between two loops 
 
 inline int64_t tile(int64_t first, int64_t width) { return first + kColumns < width ? kColumns : width - first; }
 
+// What a missing bias or gradient reads, and what a result that nobody wants overwrites: each loop has one form.
 template <class T>
-void add_bias(T* __restrict z, const T* __restrict bias, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) z[i] = narrow<T>(widen(z[i]) + widen(bias[i]));
-}
-
-// value is the other half of a gated z, or null. out may be z: each element is read before it is written.
-template <class Act, class T>
-void activate(const T* z, const T* value, T* out, int64_t n) {
-  if (value) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) out[i] = narrow<T>(Act::both(widen(z[i])).value * widen(value[i]));
-  } else {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) out[i] = narrow<T>(Act::both(widen(z[i])).value);
-  }
-}
-
-template <class T>
-void activation_row(const ActivationArgs& args, int64_t r) {
-  const bool gated = is_gated(args.act);
-  T* z = static_cast<T*>(args.z) + r * args.width * (gated ? 2 : 1);
-  T* out = static_cast<T*>(args.out) + r * args.width;
-  const T* bias = static_cast<const T*>(args.bias);
-  for (int64_t first = 0; first < args.width; first += kColumns) {
-    const int64_t n = tile(first, args.width);
-    T* value = gated ? z + args.width + first : nullptr;
-    if (bias) {
-      add_bias(z + first, bias + first, n);
-      if (gated) add_bias(value, bias + args.width + first, n);
-    }
-    dispatch(args.act, [&](auto act) { activate<decltype(act)>(z + first, value, out + first, n); });
-  }
-}
-
-// The backward of up to kColumns columns of one row; h is the activation's value, d its derivative.
-template <class T>
-struct BackwardTile {
-  using A = math_t<T>;
-  A h[kColumns], d[kColumns], g[kColumns], result[kColumns];
-
-  template <class Act>
-  void evaluate(const T* z, const T* grad, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      const auto both = Act::both(widen(z[i]));
-      h[i] = both.value;
-      d[i] = both.derivative;
-      g[i] = grad ? widen(grad[i]) : 0;
-    }
-  }
-
-  // grad_z = w * g * d of the plain activation, or of the gate half (times value), and its column sums.
-  void store(A w, const A* factor, T* grad_z, A* sums, int64_t n) {
-    if (!grad_z) return;
-    for (int64_t i = 0; i < n; ++i) result[i] = w * g[i] * factor[i];
-    for (int64_t i = 0; i < n; ++i) grad_z[i] = narrow<T>(result[i]);
-    if (sums) {
-      for (int64_t i = 0; i < n; ++i) sums[i] += result[i];
-    }
-  }
+struct Spare {
+  T zeros[kColumns] = {};
+  T unwanted[kColumns] = {};
+  math_t<T> sums[kColumns] = {};
 };
 
+// z += bias; wide = z.
 template <class T>
-void activation_backward_row(const ActivationBackwardArgs& args, int64_t r, math_t<T>* sums) {
+void add_bias(T* __restrict z, const T* __restrict bias, math_t<T>* __restrict wide, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T sum = narrow<T>(widen(z[i]) + widen(bias[i]));
+    z[i] = sum;
+    wide[i] = widen(sum);
+  }
+}
+
+template <class T>
+void activation_row(const ActivationArgs& args, const Spare<T>& spare, int64_t r) {
+  const bool gated = is_gated(args.act);
+  const int64_t width = args.width, second = gated ? width : 0;  // where the value half begins, if there is one
+  T* z = static_cast<T*>(args.z) + r * (width + second);
+  T* out = static_cast<T*>(args.out) + r * width;
+  const T* bias = static_cast<const T*>(args.bias);
+  math_t<T> gate[kColumns], value[kColumns];
+  for (int64_t i = 0; i < width; i += kColumns) {
+    const int64_t n = tile(i, width);
+    add_bias(z + i, bias ? bias + i : spare.zeros, gate, n);
+    if (gated) add_bias(z + second + i, bias ? bias + second + i : spare.zeros, value, n);
+    dispatch(args.act, [&](auto act) {
+      using Act = decltype(act);
+      if (gated) {
+        for (int64_t j = 0; j < n; ++j) out[i + j] = narrow<T>(Act::both(gate[j]).value * value[j]);
+      } else {
+        for (int64_t j = 0; j < n; ++j) out[i + j] = narrow<T>(Act::both(gate[j]).value);
+      }
+    });
+  }
+}
+
+// The results of up to kColumns columns of one row of the backward.
+template <class T>
+struct Results {
+  T *grad_z, *grad_value, *scaled;  // of both halves of a gated z
+  math_t<T>*sums, *value_sums, *products;
+};
+
+// grad_z may be grad: each element is read before it is written.
+template <class Act, class T>
+void activate_backward(const T* z, const T* grad, math_t<T> w, Results<T> out, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const auto h = Act::both(widen(z[i]));
+    const math_t<T> g = widen(grad[i]), result = w * g * h.derivative;
+    out.products[i] = g * h.value;
+    out.scaled[i] = narrow<T>(w * h.value);
+    out.sums[i] += result;
+    out.grad_z[i] = narrow<T>(result);
+  }
+}
+
+template <class Act, class T>
+void activate_gated_backward(const T* gate, const T* value, const T* grad, math_t<T> w, Results<T> out, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const auto h = Act::both(widen(gate[i]));
+    const math_t<T> g = widen(grad[i]), v = widen(value[i]);
+    const math_t<T> gate_result = w * g * v * h.derivative, value_result = w * g * h.value;
+    out.products[i] = g * v * h.value;
+    out.scaled[i] = narrow<T>(w * v * h.value);
+    out.sums[i] += gate_result;
+    out.value_sums[i] += value_result;
+    out.grad_z[i] = narrow<T>(gate_result);
+    out.grad_value[i] = narrow<T>(value_result);
+  }
+}
+
+template <class T>
+void activation_backward_row(const ActivationBackwardArgs& args, Spare<T>& spare, int64_t r, math_t<T>* sums) {
   using A = math_t<T>;
   const bool gated = is_gated(args.act);
   const int64_t width = args.width, wide = width * (gated ? 2 : 1);
@@ -83,26 +100,24 @@ void activation_backward_row(const ActivationBackwardArgs& args, int64_t r, math
   T* grad_z = args.grad_z ? static_cast<T*>(args.grad_z) + r * wide : nullptr;
   T* scaled = args.scaled ? static_cast<T*>(args.scaled) + r * width : nullptr;
   const A w = args.row_weight ? static_cast<const A*>(args.row_weight)[r] : 1;
-  A total = 0;
-  BackwardTile<T> t;
-  for (int64_t first = 0; first < width; first += kColumns) {
-    const int64_t n = tile(first, width);
-    dispatch(args.act,
-             [&](auto act) { t.template evaluate<decltype(act)>(z + first, grad ? grad + first : nullptr, n); });
-    if (gated) {  // h = act(gate) * value: the value half's factor is act(gate), the gate half's act'(gate) * value
-      A value[kColumns];
-      for (int64_t i = 0; i < n; ++i) value[i] = widen(z[width + first + i]);
-      t.store(w, t.h, grad_z ? grad_z + width + first : nullptr, sums ? sums + width + first : nullptr, n);
-      for (int64_t i = 0; i < n; ++i) {
-        t.d[i] *= value[i];
-        t.h[i] *= value[i];
+  const auto at = [](auto* p, int64_t offset, auto* otherwise) { return p ? p + offset : otherwise; };
+  const int64_t second = wide - width;  // where the value half begins, if there is one
+  A products[kColumns], total = 0;
+  for (int64_t i = 0; i < width; i += kColumns) {
+    const int64_t n = tile(i, width);
+    const Results<T> out{at(grad_z, i, spare.unwanted),    at(grad_z, second + i, spare.unwanted),
+                         at(scaled, i, spare.unwanted),    at(sums, i, spare.sums),
+                         at(sums, second + i, spare.sums), products};
+    const T* grad_tile = at(grad, i, spare.zeros);
+    dispatch(args.act, [&](auto act) {
+      using Act = decltype(act);
+      if (gated) {
+        activate_gated_backward<Act>(z + i, z + second + i, grad_tile, w, out, n);
+      } else {
+        activate_backward<Act>(z + i, grad_tile, w, out, n);
       }
-    }
-    t.store(w, t.d, grad_z ? grad_z + first : nullptr, sums ? sums + first : nullptr, n);
-    if (scaled) {
-      for (int64_t i = 0; i < n; ++i) scaled[first + i] = narrow<T>(w * t.h[i]);
-    }
-    if (args.dot) total += dot<A>(t.g, t.h, n);
+    });
+    if (args.dot) total += sum<A>(products, n);
   }
   if (args.dot) static_cast<A*>(args.dot)[r] = total;
 }
@@ -145,13 +160,8 @@ void reduce_columns(const ReduceChunksArgs& args, int64_t begin, int64_t end) {
 void activation(const ActivationArgs& args, int64_t begin, int64_t end) {
   dispatch(args.type, [&](auto type) {
     using T = decltype(type);
-    for (int64_t r = begin; r < end; ++r) {
-      if (args.act != Activation::none) {
-        activation_row<T>(args, r);
-      } else if (args.bias) {
-        add_bias(static_cast<T*>(args.z) + r * args.width, static_cast<const T*>(args.bias), args.width);
-      }
-    }
+    const Spare<T> spare;
+    for (int64_t r = begin; r < end; ++r) activation_row<T>(args, spare, r);
   });
 }
 
@@ -159,9 +169,10 @@ void activation_backward(const ActivationBackwardArgs& args, int64_t begin, int6
   dispatch(args.type, [&](auto type) {
     using T = decltype(type);
     const int64_t wide = args.width * (is_gated(args.act) ? 2 : 1);
+    Spare<T> spare;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       math_t<T>* sums = clear_sums<math_t<T>>(args.column_sums, chunk, wide);
-      for_rows(chunk, args.num_rows, [&](int64_t r) { activation_backward_row<T>(args, r, sums); });
+      for_rows(chunk, args.num_rows, [&](int64_t r) { activation_backward_row<T>(args, spare, r, sums); });
     }
   });
 }
