@@ -12,11 +12,16 @@ class Timing(NamedTuple):
     spread_ms: float  # between the quartiles
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, Timing]:
-    """Wall time of each contender on a CPU, over ``rounds`` rounds in which each runs once."""
+def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, Timing]:
+    """Wall time of each contender on a CPU, over ``rounds`` rounds in which each has one turn.
+
+    A turn begins with a call that is not timed, so that a contender meets the caches and the allocator as it leaves
+    them itself, not as the one before it did: memory that malloc gave back in between would be paged in anew.
+    """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(warmup + rounds):
         for name, contender in contenders.items():
+            contender()
             start = time.perf_counter()
             contender()
             if number >= warmup:
