@@ -15,9 +15,13 @@ inline int64_t tile(int64_t first, int64_t width) { return first + kColumns < wi
 // What a missing bias or gradient reads, and what a result that nobody wants overwrites: each loop has one form.
 template <class T>
 struct Spare {
-  T zeros[kColumns] = {};
+  T zeros[kColumns];  // negative: adding -0 changes no bit, not even a sign
   T unwanted[kColumns] = {};
   math_t<T> sums[kColumns] = {};
+
+  Spare() {
+    for (T& zero : zeros) zero = narrow<T>(-0.0f);
+  }
 };
 
 // z += bias; wide = z.
