@@ -12,6 +12,8 @@
 namespace widenet {
 namespace {
 
+constexpr int64_t kGrainRows = 64;
+
 std::tuple<Tensor, Tensor> moe_ffn(Tensor x_in, Tensor weight, Tensor choice_row_in, Tensor row_choice_in,
                                    Tensor expert_begin, Tensor expert_count, Tensor w1, OptionalTensor b1_in, Tensor w2,
                                    OptionalTensor b2_in, std::string activation, bool save, OptionalTensor,
@@ -39,104 +41,174 @@ std::tuple<Tensor, Tensor> moe_ffn(Tensor x_in, Tensor weight, Tensor choice_row
   return {combine_rows(out, weight, b2, begins, choice_row), z};
 }
 
-struct Sinks {
-  GradSink w1, b1, w2, b2;
-};
-
-// What the two forms of the backward share: everything but where the experts' gradients go.
-struct Backward {
+// What the backward is given, contiguous where the kernels need it.
+struct Given {
   Tensor grad, x, weight, choice_row, row_choice, expert_begin, expert_count, z, w1, w2;
   OptionalTensor b2;
   Activation act;
   bool need_x, need_weight;
-
-  std::tuple<Tensor, Tensor> run(const Sinks& sinks) const;
 };
 
-std::tuple<Tensor, Tensor> Backward::run(const Sinks& sinks) const {
-  const int64_t num_rows = row_choice.size(0), k = choice_row.size(1), dim = x.size(1);
-  const int64_t width = w1.size(2), hidden = w2.size(1);
-  const auto experts = rows_of_experts(expert_begin, expert_count, num_rows);
-  const int64_t most = most_rows(experts), chunks = num_chunks(most);
-  const ScalarType math = math_type(x);
-  const DType type = dtype_of(x), math_dtype = math == ScalarType::Double ? DType::f64 : DType::f32;
-  const Tensor choice_weight = to_contiguous(weight, math);
-  const Tensor flat_weight = torch::stable::view(choice_weight, Sizes{choice_weight.numel(), 1});
-
-  const bool need_z = need_x || sinks.w1.needed() || sinks.b1.needed(), need_h = need_z || need_weight;
-  const Scratch x_rows(x, sinks.w1.needed() ? most : 0, dim), grad_rows(x, most, dim);
-  const Scratch row_weight(x, most, 1, math), dot(x, need_weight ? most : 0, 1, math);
-  const Scratch grad_h(x, need_h ? most : 0, hidden), gated_grad_z(x, need_z && is_gated(act) ? most : 0, width);
-  const Scratch scaled_h(x, sinks.w2.needed() ? most : 0, hidden);
-  const Scratch sums1(x, sinks.b1.needed() ? chunks : 0, width, math),
-      sums2(x, sinks.b2.needed() ? chunks : 0, dim, math);
-  const Tensor grad_x_rows = empty_tensor(x, {need_x ? num_rows : 0, dim});
-  Tensor grad_weight = need_weight ? empty_tensor(x, {weight.size(0), k}, math) : nothing(x);
-  if (need_weight) torch::stable::zero_(grad_weight);
-
-  for (const auto& [expert, begin, count] : experts) {
-    if (count == 0) {
-      for (const GradSink* sink : {&sinks.w1, &sinks.b1, &sinks.w2, &sinks.b2}) sink->nothing_served(expert);
-      continue;
-    }
-    const int32_t* choices = integers(row_choice) + begin;
-    const Matrix dy = grad_rows.rows(count), h_scaled = scaled_h.rows(sinks.w2.needed() ? count : 0);
-    const Matrix grad_z = is_gated(act) ? gated_grad_z.rows(need_z ? count : 0) : grad_h.rows(need_h ? count : 0);
-    permute_rows(grad, choices, k, dy);
-    permute_rows(flat_weight, choices, 1, row_weight.rows(count));
-    if (need_h) gemm(grad_h.rows(count), dy, matrix(w2, expert).transposed());
-
-    if (need_h || sinks.w2.needed()) {
-      activate_backward({type, act, count, hidden, matrix(z).slice(begin, count).data, need_h ? grad_h.data() : nullptr,
-                         row_weight.data(), need_z ? grad_z.data : nullptr, sinks.w2.needed() ? h_scaled.data : nullptr,
-                         need_weight ? dot.data() : nullptr, sinks.b1.needed() ? sums1.data() : nullptr});
-    }
-    if (need_weight) {
-      const WeightGradientArgs args{type,    weight.numel(),
-                                    dim,     dot.data(),
-                                    dy.data, b2 ? row_of(*b2, expert) : nullptr,
-                                    choices, grad_weight.mutable_data_ptr()};
-      parallel_for(count, 64, [&](int64_t first, int64_t last) { kernels().weight_gradient(args, first, last); });
-    }
-    if (sinks.w2.needed()) sinks.w2.product(expert, h_scaled.transposed(), dy);
-    if (sinks.b2.needed()) {
-      sum_columns(dy, row_weight.data(), sums2.data());
-      sinks.b2.sum(expert, sums2.data(), math_dtype, num_chunks(count));
-    }
-    if (sinks.b1.needed()) sinks.b1.sum(expert, sums1.data(), math_dtype, num_chunks(count));
-    if (sinks.w1.needed()) {
-      permute_rows(x, choices, k, x_rows.rows(count));
-      sinks.w1.product(expert, x_rows.rows(count).transposed(), grad_z);
-    }
-    if (need_x) gemm(matrix(grad_x_rows).slice(begin, count), grad_z, matrix(w1, expert).transposed());
-  }
-  const Tensor grad_x =
-      need_x ? combine_rows(grad_x_rows, std::nullopt, std::nullopt, std::nullopt, choice_row) : nothing(x);
-  return {grad_x, to_contiguous(grad_weight, weight.scalar_type())};
+Given given(Tensor grad, Tensor x, Tensor weight, Tensor choice_row, Tensor row_choice, Tensor expert_begin,
+            Tensor expert_count, Tensor z, Tensor w1, Tensor w2, OptionalTensor b2, const std::string& activation,
+            bool need_x, bool need_weight) {
+  return {to_contiguous(grad),
+          to_contiguous(x),
+          to_contiguous(weight, math_type(x)),
+          to_contiguous(choice_row),
+          to_contiguous(row_choice),
+          expert_begin,
+          expert_count,
+          to_contiguous(z),
+          w1,
+          w2,
+          to_contiguous(b2),
+          activation_of(activation),
+          need_x,
+          need_weight};
 }
+
+struct Sinks {
+  GradSink w1, b1, w2, b2;
+};
+
+// The memory that one expert after the other uses; of no rows where nothing is needed.
+struct BackwardScratch {
+  Scratch x, dy, row_weight, dot, grad_h, gated_grad_z, scaled_h, sums1, sums2;
+};
+
+class Backward {
+ public:
+  Backward(const Given& given, const Sinks& sinks)
+      : g_(given),
+        sinks_(sinks),
+        experts_(rows_of_experts(given.expert_begin, given.expert_count, given.row_choice.size(0))),
+        need_z_(given.need_x || sinks.w1.needed() || sinks.b1.needed()),
+        need_h_(need_z_ || given.need_weight),
+        scratch_(make_scratch()),
+        grad_x_rows_(empty_tensor(given.x, {given.need_x ? given.row_choice.size(0) : 0, given.x.size(1)})),
+        grad_weight_(given.need_weight ? empty_tensor(given.weight, {given.weight.size(0), given.weight.size(1)})
+                                       : nothing(given.weight)) {
+    if (given.need_weight) torch::stable::zero_(grad_weight_);
+  }
+
+  // d x and d weight, the latter in the math type; the experts' gradients go into the sinks.
+  std::tuple<Tensor, Tensor> run() {
+    for (const ExpertRows& rows : experts_) {
+      if (rows.count > 0) {
+        gather(rows);
+        differentiate_hidden(rows);
+        differentiate_second_layer(rows);
+        differentiate_first_layer(rows);
+      } else {
+        for (const GradSink* sink : {&sinks_.w1, &sinks_.b1, &sinks_.w2, &sinks_.b2}) sink->nothing_served(rows.expert);
+      }
+    }
+    const OptionalTensor none;
+    return {g_.need_x ? combine_rows(grad_x_rows_, none, none, none, g_.choice_row) : nothing(g_.x), grad_weight_};
+  }
+
+ private:
+  BackwardScratch make_scratch() const {
+    const int64_t most = most_rows(experts_), dim = g_.x.size(1), width = g_.w1.size(2), hidden = g_.w2.size(1);
+    const ScalarType math = g_.weight.scalar_type();
+    const auto rows = [most](bool needed) { return needed ? most : 0; };
+    return {Scratch(g_.x, rows(sinks_.w1.needed()), dim),
+            Scratch(g_.x, most, dim),
+            Scratch(g_.x, most, 1, math),
+            Scratch(g_.x, rows(g_.need_weight), 1, math),
+            Scratch(g_.x, rows(need_h_), hidden),
+            Scratch(g_.x, rows(need_z_ && is_gated(g_.act)), width),
+            Scratch(g_.x, rows(sinks_.w2.needed()), hidden),
+            Scratch(g_.x, num_chunks(rows(sinks_.b1.needed())), width, math),
+            Scratch(g_.x, num_chunks(rows(sinks_.b2.needed())), dim, math)};
+  }
+
+  const int32_t* choices(const ExpertRows& rows) const { return integers(g_.row_choice) + rows.begin; }
+
+  // Where d z goes: over d h, unless a gated z is wider.
+  Matrix grad_z(const ExpertRows& rows) const {
+    return (is_gated(g_.act) ? scratch_.gated_grad_z : scratch_.grad_h).rows(rows.count);
+  }
+
+  // The rows of dy and the gate weights of their choices.
+  void gather(const ExpertRows& rows) const {
+    permute_rows(g_.grad, choices(rows), g_.choice_row.size(1), scratch_.dy.rows(rows.count));
+    const Tensor flat_weight = torch::stable::view(g_.weight, Sizes{g_.weight.numel(), 1});
+    permute_rows(flat_weight, choices(rows), 1, scratch_.row_weight.rows(rows.count));
+  }
+
+  // g = dy w2^T, then in one pass d z, w h, <g, h> and the sums for d b1; d weight from <g, h>.
+  void differentiate_hidden(const ExpertRows& rows) const {
+    const bool need_scaled = sinks_.w2.needed();
+    const Matrix dy = scratch_.dy.rows(rows.count);
+    if (need_h_) gemm(scratch_.grad_h.rows(rows.count), dy, matrix(g_.w2, rows.expert).transposed());
+    if (need_h_ || need_scaled) {
+      activate_backward(
+          {dtype_of(g_.x), g_.act, rows.count, g_.w2.size(1), matrix(g_.z).slice(rows.begin, rows.count).data,
+           need_h_ ? scratch_.grad_h.data() : nullptr, scratch_.row_weight.data(),
+           need_z_ ? grad_z(rows).data : nullptr, need_scaled ? scratch_.scaled_h.data() : nullptr,
+           g_.need_weight ? scratch_.dot.data() : nullptr, sinks_.b1.needed() ? scratch_.sums1.data() : nullptr});
+    }
+    if (g_.need_weight) {
+      const void* bias = g_.b2 ? row_of(*g_.b2, rows.expert) : nullptr;
+      const WeightGradientArgs args{dtype_of(g_.x), g_.weight.numel(),
+                                    dy.columns,     scratch_.dot.data(),
+                                    dy.data,        bias,
+                                    choices(rows),  grad_weight_.mutable_data_ptr()};
+      parallel_for(rows.count, kGrainRows,
+                   [&](int64_t begin, int64_t end) { kernels().weight_gradient(args, begin, end); });
+    }
+  }
+
+  void differentiate_second_layer(const ExpertRows& rows) const {
+    const Matrix dy = scratch_.dy.rows(rows.count);
+    if (sinks_.w2.needed()) sinks_.w2.product(rows.expert, scratch_.scaled_h.rows(rows.count).transposed(), dy);
+    if (sinks_.b2.needed()) {
+      sum_columns(dy, scratch_.row_weight.data(), scratch_.sums2.data());
+      sinks_.b2.sum(rows.expert, scratch_.sums2.data(), dtype_of(g_.weight), num_chunks(rows.count));
+    }
+  }
+
+  void differentiate_first_layer(const ExpertRows& rows) const {
+    if (sinks_.b1.needed()) {
+      sinks_.b1.sum(rows.expert, scratch_.sums1.data(), dtype_of(g_.weight), num_chunks(rows.count));
+    }
+    if (sinks_.w1.needed()) {
+      const Matrix x_rows = scratch_.x.rows(rows.count);
+      permute_rows(g_.x, choices(rows), g_.choice_row.size(1), x_rows);
+      sinks_.w1.product(rows.expert, x_rows.transposed(), grad_z(rows));
+    }
+    if (g_.need_x) {
+      const Matrix grad_x_rows = matrix(grad_x_rows_).slice(rows.begin, rows.count);
+      gemm(grad_x_rows, grad_z(rows), matrix(g_.w1, rows.expert).transposed());
+    }
+  }
+
+  const Given& g_;
+  const Sinks& sinks_;
+  const std::vector<ExpertRows> experts_;
+  const bool need_z_, need_h_;  // whether d z is needed, and d h, from which d z and d weight are made
+  const BackwardScratch scratch_;
+  const Tensor grad_x_rows_;
+  Tensor grad_weight_;
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_ffn_backward(
     Tensor grad, Tensor x, Tensor weight, Tensor choice_row, Tensor row_choice, Tensor expert_begin,
     Tensor expert_count, Tensor z, Tensor w1, Tensor w2, OptionalTensor b2, std::string activation, bool need_x,
     bool need_weight, bool need_w1, bool need_b1, bool need_w2, bool need_b2) {
-  const Backward backward{to_contiguous(grad),
-                          to_contiguous(x),
-                          weight,
-                          to_contiguous(choice_row),
-                          to_contiguous(row_choice),
-                          expert_begin,
-                          expert_count,
-                          to_contiguous(z),
-                          w1,
-                          w2,
-                          to_contiguous(b2),
-                          activation_of(activation),
-                          need_x,
-                          need_weight};
+  const Given all = given(grad, x, weight, choice_row, row_choice, expert_begin, expert_count, z, w1, w2, b2,
+                          activation, need_x, need_weight);
   const Sinks sinks{weight_sink(w1, need_w1), bias_sink(w1, w1.size(2), need_b1), weight_sink(w2, need_w2),
                     bias_sink(w2, w2.size(2), need_b2)};
-  const auto [grad_x, grad_weight] = backward.run(sinks);
-  return {grad_x, grad_weight, sinks.w1.tensor(), sinks.b1.tensor(), sinks.w2.tensor(), sinks.b2.tensor()};
+  const auto [grad_x, grad_weight] = Backward(all, sinks).run();
+  return {grad_x,
+          to_contiguous(grad_weight, weight.scalar_type()),
+          sinks.w1.tensor(),
+          sinks.b1.tensor(),
+          sinks.w2.tensor(),
+          sinks.b2.tensor()};
 }
 
 std::tuple<Tensor, Tensor> moe_ffn_backward_accumulate(Tensor grad, Tensor x, Tensor weight, Tensor choice_row,
@@ -145,22 +217,12 @@ std::tuple<Tensor, Tensor> moe_ffn_backward_accumulate(Tensor grad, Tensor x, Te
                                                        std::string activation, bool need_x, bool need_weight,
                                                        OptionalTensor grad_w1, OptionalTensor grad_b1,
                                                        OptionalTensor grad_w2, OptionalTensor grad_b2) {
-  const Backward backward{to_contiguous(grad),
-                          to_contiguous(x),
-                          weight,
-                          to_contiguous(choice_row),
-                          to_contiguous(row_choice),
-                          expert_begin,
-                          expert_count,
-                          to_contiguous(z),
-                          w1,
-                          w2,
-                          to_contiguous(b2),
-                          activation_of(activation),
-                          need_x,
-                          need_weight};
+  const Given all = given(grad, x, weight, choice_row, row_choice, expert_begin, expert_count, z, w1, w2, b2,
+                          activation, need_x, need_weight);
   const auto sink = [&](const OptionalTensor& buffer) { return buffer ? GradSink::buffer(*buffer) : GradSink(w1); };
-  return backward.run({sink(grad_w1), sink(grad_b1), sink(grad_w2), sink(grad_b2)});
+  const Sinks sinks{sink(grad_w1), sink(grad_b1), sink(grad_w2), sink(grad_b2)};
+  const auto [grad_x, grad_weight] = Backward(all, sinks).run();
+  return {grad_x, to_contiguous(grad_weight, weight.scalar_type())};
 }
 
 }  // namespace
