@@ -9,6 +9,7 @@ from widenet_kernels.ops.registry import FLOATS
 from widenet_kernels.routing import RoutingPlan
 
 MOST_ROWS = 2**31 - 1  # rows and choices are counted in int32
+PLAN_TENSORS = RoutingPlan._fields[:5]
 
 
 def invalid(op: str, argument: str, expected: str, got: Any) -> ValueError:
@@ -60,9 +61,15 @@ def check_k(op: str, k: Any, num_experts: int) -> None:
 
 
 def check_plan(op: str, plan: Any, like: Tensor, first: str) -> None:
+    """The kernels check the values they read from a plan, but trust its shapes and dtypes: those are checked here."""
     if not isinstance(plan, RoutingPlan):
         raise wrong_type(op, "plan", "a RoutingPlan, as plan_routing and route return it", type(plan).__name__)
-    check_device(op, "plan", plan.choice_row, first, like)
+    shapes = ((None, plan.k), (plan.num_rows,), (plan.num_experts,), (plan.num_experts,), (plan.num_experts,))
+    for name, tensor, shape in zip(PLAN_TENSORS, plan[:5], shapes, strict=True):
+        check_tensor(op, f"plan.{name}", tensor, shape, "as plan_routing made it")
+        check_device(op, f"plan.{name}", tensor, first, like)
+        if tensor.dtype != torch.int32:
+            raise wrong_type(op, f"plan.{name}", "torch.int32", describe(tensor))
 
 
 def check_layout(op: str, capacity: int | None, tokens: str, num_choices: int, num_experts: int, priority: str) -> None:
