@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sysconfig
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -19,16 +20,20 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import torch
 
-        target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        # tools that pip put beside this Python are found even where its environment is not activated
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+        cmake, ninja = (shutil.which(tool, path=path) for tool in ("cmake", "ninja"))
+        if not cmake or not ninja:
+            raise SystemExit("widenet_kernels: building the kernels needs cmake and ninja: pip install cmake ninja")
         build = pathlib.Path(self.build_temp).resolve()
         settings = {
             "TORCH_DIR": torch.__path__[0],
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
-            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # an earlier build's may be gone with its environment
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": pathlib.Path(self.get_ext_fullpath(ext.name)).resolve().parent,
+            "CMAKE_MAKE_PROGRAM": ninja,  # an earlier build's may be gone with its environment
         }
-        configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja"]
-        subprocess.run([*configure, *(f"-D{name}={value}" for name, value in settings.items())], check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
+        definitions = [f"-D{name}={value}" for name, value in settings.items()]
+        subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *definitions], check=True)
+        subprocess.run([cmake, "--build", build], check=True)
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"  # no Python in it, so no Python version in its name

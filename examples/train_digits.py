@@ -234,7 +234,7 @@ def main(argv: Sequence[str]) -> int:
         train(run, checkpoint)
     except KeyboardInterrupt:
         done = len(torch.load(checkpoint)["history"])
-        command = shlex.join(["python", sys.argv[0], *argv, *(() if args.resume else ("--resume",))])
+        command = shlex.join([sys.executable, sys.argv[0], *argv, *(() if args.resume else ("--resume",))])
         print(f"interrupted: {checkpoint} holds {done} of {args.epochs} epochs; to go on: {command}")
         return INTERRUPTED
     picture = args.out / "training.png"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the package as a user does, away from the source tree, and runs a layer forward and backward:
-# with build isolation, then without it beside the installed torch, then without compiled kernels.
+# with build isolation, then without it beside the installed torch from a source distribution, then without kernels.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -36,7 +36,8 @@ check True
 pip uninstall -y widenet-kernels
 
 pip install -c constraints.txt setuptools wheel cmake ninja
-PATH="$work/venv/bin:$PATH" pip wheel --no-build-isolation --no-deps -w dist .
+"$work/venv/bin/python" setup.py -q sdist --dist-dir dist
+pip wheel --no-build-isolation --no-deps -w dist dist/widenet_kernels-*.tar.gz
 ls -l dist/widenet_kernels-*-py3-none-linux_*.whl
 pip install --no-index --no-deps dist/*.whl
 check True

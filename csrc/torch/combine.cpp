@@ -4,8 +4,6 @@
 namespace widenet {
 namespace {
 
-constexpr int64_t kGrainElements = 1 << 14;
-
 Tensor combine(Tensor rows, Tensor weight, Tensor choice_row, Tensor) {
   return combine_rows(to_contiguous(rows), weight, std::nullopt, std::nullopt, to_contiguous(choice_row));
 }
@@ -44,7 +42,7 @@ Tensor combine_rows(const Tensor& rows, const OptionalTensor& weight_in, const O
   const int64_t num_tokens = choice_row.size(0), dim = rows.size(1);
   const Tensor y = empty_tensor(rows, {num_tokens, dim});
   const CombineArgs args{dtype_of(rows),
-                         math == ScalarType::Double ? DType::f64 : DType::f32,
+                         dtype_of(math),
                          data(rows),
                          data(weight),
                          data(bias),

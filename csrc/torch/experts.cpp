@@ -7,16 +7,7 @@
 namespace widenet {
 namespace {
 
-constexpr int64_t kGrainElements = 1 << 14;
-
 int64_t grain_rows(int64_t width) { return kGrainElements / (width + 1) + 1; }
-
-DType dtype_of(ScalarType type) {
-  return type == ScalarType::Float      ? DType::f32
-         : type == ScalarType::BFloat16 ? DType::bf16
-         : type == ScalarType::Half     ? DType::f16
-                                        : DType::f64;
-}
 
 }  // namespace
 
@@ -88,7 +79,7 @@ void GradSink::product(int64_t expert, const Matrix& a, const Matrix& b) const {
 }
 
 void GradSink::sum(int64_t expert, const void* column_sums, DType math, int64_t num_chunks) const {
-  const ReduceChunksArgs args{widenet::dtype_of(tensor_), math, num_chunks, tensor_.size(1), column_sums, accumulate_,
+  const ReduceChunksArgs args{dtype_of(tensor_),      math, num_chunks, tensor_.size(1), column_sums, accumulate_,
                               row_of(tensor_, expert)};
   parallel_for(args.width, kGrainElements,
                [&](int64_t begin, int64_t end) { kernels().reduce_chunks(args, begin, end); });

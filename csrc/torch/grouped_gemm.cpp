@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_backward(Tensor grad_in, Tensor 
   const GradSink grad_weight = weight_sink(weight, need_weight), grad_bias = bias_sink(weight, width, need_bias);
   const Scratch grad_z(rows, active ? most : 0, width);
   const Scratch sums(rows, need_bias ? num_chunks(most) : 0, width, math_type(rows));
-  const DType math = math_type(rows) == ScalarType::Double ? DType::f64 : DType::f32;
+  const DType math = dtype_of(math_type(rows));
   for (const auto& [expert, begin, count] : experts) {
     if (count == 0) {
       grad_weight.nothing_served(expert);

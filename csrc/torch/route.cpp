@@ -7,8 +7,6 @@ namespace {
 constexpr int64_t kGrainTokens = 64;
 constexpr int64_t kGrainColumns = 64;
 
-DType math_dtype(ScalarType type) { return type == ScalarType::Double ? DType::f64 : DType::f32; }
-
 using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Routed route(Tensor x_in, Tensor router_weight_in, int64_t k, std::optional<int64_t> capacity, OptionalTensor noise,
@@ -18,7 +16,7 @@ Routed route(Tensor x_in, Tensor router_weight_in, int64_t k, std::optional<int6
   const Tensor router_weight = to_contiguous(router_weight_in, math);
   const int64_t num_experts = router_weight.size(0);
   const Tensor logits = empty_tensor(x, {x.size(0), num_experts}, math);
-  const RouteArgs args{dtype_of(x), math_dtype(math),         data(x), data(router_weight), num_experts,
+  const RouteArgs args{dtype_of(x), dtype_of(math),           data(x), data(router_weight), num_experts,
                        x.size(1),   logits.mutable_data_ptr()};
   parallel_for(x.size(0), kGrainTokens, [&](int64_t begin, int64_t end) { kernels().route(args, begin, end); });
 
@@ -42,7 +40,7 @@ std::tuple<Tensor, Tensor> route_backward(OptionalTensor grad_weight, OptionalTe
   Tensor grad_router_weight =
       need_router_weight ? empty_tensor(router_weight, {num_experts, dim}) : nothing(router_weight);
   const RouteBackwardArgs args{dtype_of(x),
-                               math_dtype(math),
+                               dtype_of(math),
                                data(grad),
                                data(x),
                                data(router_weight),

@@ -19,8 +19,8 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
-inline DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
+inline DType dtype_of(ScalarType type) {
+  switch (type) {
     case ScalarType::Float:
       return DType::f32;
     case ScalarType::BFloat16:
@@ -34,6 +34,9 @@ inline DType dtype_of(const Tensor& t) {
       return DType::f32;
   }
 }
+inline DType dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
+
+constexpr int64_t kGrainElements = 1 << 14;  // a thread's least share of a loop over elements
 
 // The dtype in which gates and sums are computed: f64 if anything is.
 inline ScalarType math_type(const Tensor& a) {

@@ -267,3 +267,22 @@ def test_fsdp_parameters_are_refused(process_group, device):
 def test_errors(options, named):
     with pytest.raises(ValueError, match=f"^Experts: {named}"):
         wk.Experts(4, 8, 12, **options)
+
+
+def test_backward_after_accumulate_grads_has_ended_raises(backend):
+    experts = wk.Experts(3, 4, 5)
+    plan = wk.plan_routing(torch.tensor([[0, 1], [2, 0]], dtype=torch.int32), 3)
+    with experts.accumulate_grads():
+        y = experts(torch.randn(2, 4), torch.rand(2, 2), plan, backend=backend)
+    with pytest.raises(RuntimeError, match="after accumulate_grads had ended"):
+        y.sum().backward()
+
+
+def test_grads_do_not_share_memory_with_the_buffers(backend):
+    experts = wk.Experts(3, 4, 5)
+    plan = wk.plan_routing(torch.tensor([[0, 1], [2, 0]], dtype=torch.int32), 3)
+    with experts.accumulate_grads():
+        buffers = experts._grad_buffers
+        experts(torch.randn(2, 4), torch.rand(2, 2), plan, backend=backend).sum().backward()
+    for parameter, buffer in zip(experts.parameters(), buffers, strict=True):
+        assert parameter.grad.data_ptr() != buffer.data_ptr()

@@ -219,7 +219,7 @@ def test_errors():
         wk.MoELayer(8, 12, 4, k=5)
     with pytest.raises(ValueError, match=r"^route: x: expected .*, got 'abacus'|^route: backend: expected .*'abacus'"):
         wk.MoELayer(8, 12, 4, backend="abacus")(torch.zeros(2, 8))
-    with pytest.raises(ValueError, match=r"^route: router_weight: expected \[E, D\] = \[any, 9\], got .*\[4, 8\]"):
+    with pytest.raises(ValueError, match=r"^MoELayer: x: expected \[\.\.\., 8\], got \[2, 9\]"):
         wk.MoELayer(8, 12, 4)(torch.zeros(2, 9))
 
 
@@ -235,3 +235,35 @@ def test_nan_in_a_masked_token_reaches_no_other_token_and_no_gradient(backend):
     for name, tensor in [("x", x), *layer.named_parameters()]:
         assert tensor.grad.isfinite().all(), name
     assert not x.grad[4].any()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda layer: layer(torch.tensor(1.0)), ["x", "[..., 8]", "[]"]),
+        (lambda layer: layer(torch.zeros(2, 7)), ["x", "[..., 8]", "[2, 7]"]),
+        (lambda layer: layer(torch.zeros(2, 5, 8), torch.ones(5, 2, dtype=torch.bool)), ["mask", "[2, 5]", "[5, 2]"]),
+        (lambda layer: wk.MoELayer(8, 12, 4, priority="luck"), ["priority", "'score'", "'luck'"]),
+    ],
+    ids=["scalar", "wrong-dim", "transposed-mask", "priority"],
+)
+def test_errors_of_the_layer(call, words):
+    with pytest.raises(ValueError, match="MoELayer") as error:
+        call(make("cpu", None))
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("option", ["router", "experts"])
+def test_from_dense_makes_its_own_parts(option):
+    linear1, linear2 = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
+    with pytest.raises(ValueError, match=f"from_dense: {option}"):
+        wk.MoELayer.from_dense(linear1, linear2, 4, **{option: getattr(make("cpu", None), option)})
+    with pytest.raises(ValueError, match="without a gate, got 'swiglu'"):
+        wk.MoELayer.from_dense(linear1, linear2, 4, activation="swiglu")
+
+
+def test_meta_device():
+    layer = make("meta", None).float()
+    y, aux = layer(torch.randn(2, 3, 8, device="meta"))
+    assert y.shape == (2, 3, 8)
+    assert aux.expert_count.shape == (4,)

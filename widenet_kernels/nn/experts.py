@@ -94,8 +94,9 @@ class Experts(nn.Module):
     def accumulate_grads(self) -> Iterator[None]:
         """Within it, the backward of every use adds the experts' gradients into one set of fp32 buffers.
 
-        Many uses of the same experts, as in a network that shares them over its depth, then cost no extra passes over
-        the weights. On leaving, the buffers are added into ``.grad``; run forward and backward inside::
+        Many uses of the same experts, as in a network that shares them over its depth, then hold one gradient instead
+        of one per use, and fp32 products are added as they are made. On leaving, the buffers are added into ``.grad``.
+        Run forward and backward inside::
 
             with experts.accumulate_grads():
                 loss = model(x).loss
@@ -103,8 +104,8 @@ class Experts(nn.Module):
             optimizer.step()
 
         Raises:
-            RuntimeError: when entered twice, or if FSDP holds the parameters; a forward under DDP raises too: such a
-                wrapper waits for gradients that it would never see arrive.
+            RuntimeError: when entered twice; from a backward that runs after it has been left; or if FSDP holds the
+                parameters or a forward runs under DDP: such a wrapper waits for gradients that it would never see.
         """
         parameters = (self.w1, self.b1, self.w2, self.b2)
         if self._grad_buffers is not None:
@@ -123,9 +124,12 @@ class Experts(nn.Module):
             yield
             for parameter, buffer in zip(parameters, self._grad_buffers, strict=True):
                 if parameter is not None and buffer is not None:
-                    grad = buffer.to(parameter.dtype)
+                    grad = buffer.to(parameter.dtype, copy=True)
                     parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         finally:
+            for buffer in self._grad_buffers:
+                if buffer is not None:
+                    buffer.collected = True  # type: ignore[attr-defined]  # a later backward would add in vain
             self._grad_buffers = None
 
     def extra_repr(self) -> str:

@@ -33,7 +33,7 @@ def load_balance_loss(probs: Tensor, plan: RoutingPlan, mask: Tensor | None = No
     Args:
         probs: [T, E] from the gate.
         plan: the plan of the same tokens.
-        mask: [T] bool, False for tokens that do not count.
+        mask: [T] bool, False for tokens that do not count: the mask with which the plan was made.
     """
     check_tensor("load_balance_loss", "probs", probs, (None, None), "[T, E]")
     check_float("load_balance_loss", "probs", probs)

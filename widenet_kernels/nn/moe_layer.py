@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from widenet_kernels.nn.experts import Experts
 from widenet_kernels.nn.losses import load_balance_loss, router_z_loss
 from widenet_kernels.nn.router import TopKRouter
-from widenet_kernels.routing import expert_capacity
+from widenet_kernels.routing import GATED, expert_capacity
 
 
 class MoEAux(NamedTuple):
@@ -68,6 +68,8 @@ class MoELayer(nn.Module):
                     f"MoELayer: {name}: expected dim {dim} and {num_experts} experts, "
                     f"got dim {module.dim} and {module.num_experts} experts"
                 )
+        if priority not in ("choice", "token", "score"):
+            raise ValueError(f"MoELayer: priority: expected 'choice', 'token' or 'score', got {priority!r}")
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
         self.priority = priority
@@ -82,8 +84,12 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, MoEAux]:
         """x [..., D], mask [...] bool (False: takes no part, its y is 0) -> y [..., D] and the routing's aux."""
+        if x.dim() == 0 or x.shape[-1] != self.router.dim:
+            raise ValueError(f"MoELayer: x: expected [..., {self.router.dim}], got {list(x.shape)}")
         tokens = x.reshape(-1, x.shape[-1])
         if mask is not None:
+            if mask.shape != x.shape[:-1]:
+                raise ValueError(f"MoELayer: mask: expected {list(x.shape[:-1])}, got {list(mask.shape)}")
             mask = mask.reshape(-1)
         gate, plan, logits = self.router(
             tokens, self.capacity(tokens.shape[0]), priority=self.priority, mask=mask, backend=self.backend
@@ -98,6 +104,12 @@ class MoELayer(nn.Module):
             plan.expert_count,
         )
         return y.view(x.shape), aux
+
+    def extra_repr(self) -> str:
+        return (
+            f"capacity_factor={self.capacity_factor}, eval_capacity_factor={self.eval_capacity_factor}, "
+            f"priority={self.priority!r}, backend={self.backend!r}"
+        )
 
     @classmethod
     def from_dense(
@@ -114,8 +126,15 @@ class MoELayer(nn.Module):
         """A layer for the place of ``linear2(activation(linear1(x)))``, with that network copied into every expert.
 
         With the defaults (normalized weights, dropless) the new layer computes what the old one did, until training
-        tells the experts apart. ``options`` are those of the constructor.
+        tells the experts apart. With ``k=1`` every normalized weight is 1 and the router learns from the balance loss
+        alone: pass ``normalize=False`` there. ``options`` are those of the constructor but ``router`` and ``experts``,
+        which are made here.
         """
+        if activation in GATED:
+            raise ValueError(f"MoELayer.from_dense: activation: expected one without a gate, got {activation!r}")
+        for name in ("router", "experts"):
+            if name in options:
+                raise ValueError(f"MoELayer.from_dense: {name}: expected none, it is made from the dense layers")
         dim, ffn_dim = linear1.in_features, linear1.out_features
         if linear2.in_features != ffn_dim or linear2.out_features != dim:
             raise ValueError(

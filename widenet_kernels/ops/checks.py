@@ -1,4 +1,7 @@
-"""What every public function asks of its arguments, and how it says no: op, argument, what was expected, what came."""
+"""What every public function asks of its arguments, and how it says no: op, argument, what was expected, what came.
+
+Beside the checks stands what else comes before a call: the casts of autocast, and whether a gradient is wanted.
+"""
 
 from typing import Any
 
@@ -60,6 +63,11 @@ def check_k(op: str, k: Any, num_experts: int) -> None:
         raise invalid(op, "k", f"1 to {num_experts}, the number of experts", k)
 
 
+def check_flag(op: str, argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise wrong_type(op, argument, "True or False", repr(value))
+
+
 def check_plan(op: str, plan: Any, like: Tensor, first: str) -> None:
     """The kernels check the values they read from a plan, but trust its shapes and dtypes: those are checked here."""
     if not isinstance(plan, RoutingPlan):
@@ -89,7 +97,7 @@ def check_layout(op: str, capacity: int | None, tokens: str, num_choices: int, n
 
 def autocast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast the operands of a GEMM in the autocast dtype; fp64 is never cast."""
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

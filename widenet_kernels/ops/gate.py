@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widenet_kernels.ops.checks import check_device, check_float, check_k, check_tensor
+from widenet_kernels.ops.checks import (
+    MOST_ROWS,
+    check_device,
+    check_flag,
+    check_float,
+    check_k,
+    check_tensor,
+    invalid,
+)
 from widenet_kernels.ops.registry import define_op, ops_for
 from widenet_kernels.reference import gate as reference
 from widenet_kernels.routing import Gate
@@ -86,6 +94,9 @@ def topk_gate(
     check_tensor("topk_gate", "logits", logits, (None, None), "[T, E]")
     check_float("topk_gate", "logits", logits)
     check_k("topk_gate", k, logits.shape[1])
+    check_flag("topk_gate", "normalize", normalize)
+    if logits.shape[0] * k > MOST_ROWS:
+        raise invalid("topk_gate", "logits", "fewer than 2**31 choices T * K", logits.shape[0] * k)
     if noise is not None:
         check_tensor("topk_gate", "noise", noise, tuple(logits.shape), "[T, E]")
         check_float("topk_gate", "noise", noise)

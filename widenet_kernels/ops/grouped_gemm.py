@@ -130,6 +130,7 @@ def grouped_gemm(
         check_tensor("grouped_gemm", "bias", bias, (plan.num_experts, weight.shape[2]), "[E, N]")
     check_activation("grouped_gemm", activation, weight.shape[2], "weight")
     check_float("grouped_gemm", "rows", rows)
+    check_float("grouped_gemm", "weight", weight)
     rows, weight, bias = autocast(rows.device.type, rows, weight, bias)  # type: ignore[assignment]
     check_like("grouped_gemm", "weight", weight, "rows", rows)
     if bias is not None:

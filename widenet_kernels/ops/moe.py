@@ -117,6 +117,8 @@ def _backward(ops: Any, ctx: Any, grad: Tensor | None, _: None) -> tuple:
     if any(buffer is not None for buffer in ctx.grad_buffers):
         if torch.is_grad_enabled():
             raise RuntimeError("widenet_kernels: moe_ffn with grad_buffers is differentiable once")
+        if any(getattr(buffer, "collected", False) for buffer in ctx.grad_buffers):
+            raise RuntimeError("moe_ffn: the backward ran after accumulate_grads had ended; run it inside")
         grads = ops.moe_ffn_backward_accumulate(
             grad, *ctx.saved_tensors, ctx.activation, need_x, need_weight, *ctx.grad_buffers
         )
@@ -175,6 +177,8 @@ def _check_experts(
 
 
 def _check_grad_buffers(buffers: Any, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> None:
+    if not isinstance(buffers, tuple) or len(buffers) != len(GradBuffers._fields):
+        raise wrong_type("moe_ffn", "grad_buffers", "a GradBuffers(w1, b1, w2, b2)", type(buffers).__name__)
     for name, buffer, parameter in zip(GradBuffers._fields, buffers, (w1, b1, w2, b2), strict=True):
         argument = f"grad_buffers.{name}"
         if buffer is None:
@@ -230,6 +234,9 @@ def moe_ffn(
     check_float("moe_ffn", "weight", weight)
     check_device("moe_ffn", "weight", weight, "x", x)
     _check_experts(x, plan, w1, b1, w2, b2, activation)
+    for name, parameter in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
+        if parameter is not None:
+            check_float("moe_ffn", name, parameter)
     x, w1, b1, w2, b2 = autocast(x.device.type, x, w1, b1, w2, b2)  # type: ignore[assignment]
     for name, parameter in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
         if parameter is not None:

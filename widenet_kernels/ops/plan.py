@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from widenet_kernels.ops.checks import check_device, check_float, check_layout, check_tensor, invalid, wrong_type
+from widenet_kernels.ops.checks import (
+    MOST_ROWS,
+    check_device,
+    check_float,
+    check_layout,
+    check_tensor,
+    invalid,
+    wrong_type,
+)
 from widenet_kernels.ops.registry import define_op, ops_for
 from widenet_kernels.reference import plan as reference
 from widenet_kernels.routing import RoutingPlan
@@ -71,8 +79,8 @@ def plan_routing(
         raise wrong_type("plan_routing", "expert_index", "an integer dtype", expert_index.dtype)
     if isinstance(num_experts, bool) or not isinstance(num_experts, int):
         raise wrong_type("plan_routing", "num_experts", "an int", repr(num_experts))
-    if num_experts < 1:
-        raise invalid("plan_routing", "num_experts", "at least 1", num_experts)
+    if not 1 <= num_experts <= MOST_ROWS:
+        raise invalid("plan_routing", "num_experts", "at least 1 and below 2**31", num_experts)
     num_tokens, k = expert_index.shape
     if k < 1:
         raise invalid("plan_routing", "expert_index", "at least one choice per token", list(expert_index.shape))

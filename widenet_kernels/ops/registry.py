@@ -16,6 +16,7 @@ from torch import Tensor
 
 NAMESPACES = {"native": "widenet_kernels", "reference": "widenet_kernels_reference"}
 BACKENDS = ("native", "triton", "reference")
+PUBLIC_OPS = ("topk_gate", "plan_routing", "route", "permute", "grouped_gemm", "combine", "moe_ffn")
 LIBRARY_FILE = pathlib.Path(__file__).parent.parent / "_C.so"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -128,14 +129,10 @@ def available_backends(op: str, device: str | torch.device, dtype: torch.dtype =
     Args:
         op: the name of a public function that takes ``backend=``, such as ``"moe_ffn"``.
     """
-    known = sorted(name for name in _PUBLIC_OPS)
-    if op not in _PUBLIC_OPS:
-        raise ValueError(f"available_backends: op: expected one of {', '.join(known)}, got {op!r}")
+    if op not in PUBLIC_OPS:
+        raise ValueError(f"available_backends: op: expected one of {', '.join(PUBLIC_OPS)}, got {op!r}")
     kind = torch.device(device).type
     return tuple(name for name in BACKENDS if _why_not(name, op, kind, dtype) is None)
-
-
-_PUBLIC_OPS = ("topk_gate", "plan_routing", "route", "permute", "grouped_gemm", "combine", "moe_ffn")
 
 
 def ops_for(op: str, backend: str | None, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Any:

@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widenet_kernels.ops.checks import check_device, check_float, check_k, check_layout, check_tensor, wrong_type
+from widenet_kernels.ops.checks import (
+    check_device,
+    check_flag,
+    check_float,
+    check_k,
+    check_layout,
+    check_tensor,
+    wrong_type,
+)
 from widenet_kernels.ops.plan import as_plan, fake_plan
 from widenet_kernels.ops.registry import define_op, ops_for
 from widenet_kernels.reference import route as reference
@@ -132,6 +140,7 @@ def route(
     check_device("route", "router_weight", router_weight, "x", x)
     num_tokens, num_experts = x.shape[0], router_weight.shape[0]
     check_k("route", k, num_experts)
+    check_flag("route", "normalize", normalize)
     check_layout("route", capacity, "x", num_tokens * k, num_experts, priority)
     if noise is not None:
         check_tensor("route", "noise", noise, (num_tokens, num_experts), "[T, E]")
