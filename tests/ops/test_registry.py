@@ -61,8 +61,20 @@ def test_available_backends_is_what_can_be_called(op, device):
 @pytest.mark.parametrize("op", PUBLIC_OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_every_available_dtype_works(op, dtype, device):
-    for name in wk.available_backends(op, device, dtype):
-        call(op, device, name, dtype)
+    names = wk.available_backends(op, device, dtype)
+    assert "reference" in names
+    assert ("native" in names) == (op in wk.build_info()["native_ops"].get(device, ()))
+    math = torch.float64 if dtype == torch.float64 else torch.float32
+    for name in names:
+        result = call(op, device, name, dtype)
+        if op == "plan_routing":
+            assert result.choice_row.dtype == torch.int32
+        elif op == "topk_gate":
+            assert result.weight.dtype == result.probs.dtype == math
+        elif op == "route":
+            assert result[0].weight.dtype == result[2].dtype == math
+        else:
+            assert result.dtype == dtype
 
 
 def test_no_backend_for_a_dtype_that_no_op_takes(device):
