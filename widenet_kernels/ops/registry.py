@@ -2,10 +2,12 @@
 
 Every op is defined once per backend, in a namespace of its own with the same schema, fake and autograd. In
 ``widenet_kernels`` PyTorch's dispatcher picks the compiled CPU (or CUDA) kernel, else the reference;
-``widenet_kernels_reference`` holds the reference alone.
+``widenet_kernels_triton`` holds the Triton kernels, ``widenet_kernels_reference`` the reference alone.
 """
 
+import contextlib
 import functools
+import importlib
 import pathlib
 import warnings
 from collections.abc import Callable
@@ -14,8 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NAMESPACES = {"native": "widenet_kernels", "reference": "widenet_kernels_reference"}
-BACKENDS = ("native", "triton", "reference")
+NAMESPACES = {
+    "native": "widenet_kernels",
+    "triton": "widenet_kernels_triton",
+    "reference": "widenet_kernels_reference",
+}
+BACKENDS = tuple(NAMESPACES)
 PUBLIC_OPS = ("topk_gate", "plan_routing", "route", "permute", "grouped_gemm", "combine", "moe_ffn")
 LIBRARY_FILE = pathlib.Path(__file__).parent.parent / "_C.so"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,10 +45,11 @@ def define_op(
     A differentiable op without a ``backward`` is itself a gradient: differentiating it again is an error.
     """
     name = schema.partition("(")[0]
-    for namespace in NAMESPACES.values():
+    for backend, namespace in NAMESPACES.items():
         library = _libraries[namespace]
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
+        kernel = _triton_twin(reference) if backend == "triton" else _without_autocast(reference)
+        library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
         if not differentiable:
             continue
@@ -61,6 +68,20 @@ def _without_autocast(function: Callable) -> Callable:
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         with torch.autocast(device, enabled=False):
             return function(*args)
+
+    return run
+
+
+def _triton_twin(reference: Callable) -> Callable:
+    """The launcher of the same name in the same stem of widenet_kernels.triton, imported when first called."""
+    module = reference.__module__.replace(".reference.", ".triton.")
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        launcher = getattr(importlib.import_module(module), reference.__name__)
+        tensor = next(arg for arg in args if isinstance(arg, Tensor))
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+            return launcher(*args)
 
     return run
 
@@ -112,15 +133,22 @@ def build_info() -> dict[str, Any]:
     }
 
 
-def _why_not(backend: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+def _why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why this backend cannot serve the op here, or None if it can."""
     if dtype not in FLOATS:
         return f"{dtype} is not one of {', '.join(str(d) for d in FLOATS)}"
-    if backend == "native" and (op, device) not in _native:
-        return _load_error or f"the compiled library has no {op} for device type {device!r}"
+    if backend == "native" and (op, device.type) not in _native:
+        return _load_error or f"the compiled library has no {op} for device type {device.type!r}"
     if backend == "triton":
-        return "this version has no Triton kernels"
+        from widenet_kernels import triton
+
+        return triton.why_not(device)
     return None
+
+
+def _ranked(device: torch.device) -> tuple[str, ...]:
+    """All backends, best first: on a CPU Triton's interpreter is for checking alone."""
+    return ("native", "reference", "triton") if device.type == "cpu" else BACKENDS
 
 
 def available_backends(op: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
@@ -131,19 +159,19 @@ def available_backends(op: str, device: str | torch.device, dtype: torch.dtype =
     """
     if op not in PUBLIC_OPS:
         raise ValueError(f"available_backends: op: expected one of {', '.join(PUBLIC_OPS)}, got {op!r}")
-    kind = torch.device(device).type
-    return tuple(name for name in BACKENDS if _why_not(name, op, kind, dtype) is None)
+    device = torch.device(device)
+    return tuple(name for name in _ranked(device) if _why_not(name, op, device, dtype) is None)
 
 
 def ops_for(op: str, backend: str | None, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Any:
     """The namespace whose kernels serve this call; an explicit backend never falls through to another."""
-    device = tensor.device.type
+    device = tensor.device
     if backend is None:
-        native = (op, device) in _native
-        return torch.ops.widenet_kernels if native else torch.ops.widenet_kernels_reference
-    if backend not in BACKENDS:
+        backend = next(name for name in _ranked(device) if _why_not(name, op, device, dtype) is None)
+    elif backend not in BACKENDS:
         raise ValueError(f"{op}: backend: expected None, 'native', 'triton' or 'reference', got {backend!r}")
-    reason = _why_not(backend, op, device, dtype)
-    if reason is not None:
-        raise ValueError(f"{op}: backend: {backend!r} cannot serve this call: {reason}")
+    else:
+        reason = _why_not(backend, op, device, dtype)
+        if reason is not None:
+            raise ValueError(f"{op}: backend: {backend!r} cannot serve this call: {reason}")
     return getattr(torch.ops, NAMESPACES[backend])

@@ -1,0 +1,255 @@
+"""One GEMM per expert over that expert's rows: rows @ weight, its data gradient, and the weight gradient.
+
+The grid follows from shapes alone; how many rows an expert has is read on the device. ``multiply`` and
+``weight_gradient`` also gather their rows from the tokens through the plan, for the fused moe_ffn. Work of one
+product: 2 * served rows * M * N FLOPs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from widenet_kernels.routing import GATED
+from widenet_kernels.triton.activation import activate, derivative
+from widenet_kernels.triton.tiles import (
+    Problem,
+    choose_tile,
+    current_target,
+    dot,
+    find_rows,
+    input_precision,
+    place,
+    source_rows,
+    sum_dtype,
+)
+
+
+@triton.jit
+def product(a_ptr, a_rows, a_stride_row, a_stride_k, w_ptr, w_stride_k, w_stride_n, column, N, half, depth,
+            SUM: tl.constexpr, GATED: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """a[a_rows] @ w[:, column], and the same with w[:, half + column] when gated (else again the first)."""
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    a_ptrs = a_ptr + a_rows[:, None] * a_stride_row + k[None, :] * a_stride_k
+    w_ptrs = w_ptr + k[:, None] * w_stride_k + column.to(tl.int64)[None, :] * w_stride_n
+    a_step, w_step = tl.cast(a_stride_k, tl.int64) * BLOCK_K, tl.cast(w_stride_k, tl.int64) * BLOCK_K
+    to_half = tl.cast(half, tl.int64) * w_stride_n
+    total = tl.zeros((a_rows.shape[0], column.shape[0]), SUM)
+    total_half = total
+    for first in range(0, depth, BLOCK_K):
+        mask = (column < N)[None, :]
+        if EVEN_K:
+            a = tl.load(a_ptrs)
+        else:
+            inside = k < depth - first
+            a = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
+            mask = mask & inside[:, None]
+        total = dot(a, tl.load(w_ptrs, mask=mask, other=0.0), total, PRECISION)
+        if GATED:
+            total_half = dot(a, tl.load(w_ptrs + to_half, mask=mask, other=0.0), total_half, PRECISION)
+        a_ptrs += a_step
+        w_ptrs += w_step
+    return total, total_half
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_slots", "num_choices"])
+def _multiply_kernel(
+    a_ptr, a_stride_row, a_stride_k,  # [R, M], or [T, M] to gather from
+    w_ptr, w_stride_e, w_stride_k, w_stride_n,  # [E, M, N], 2N columns when gated
+    bias_ptr, bias_stride_e, bias_stride_n,  # [E, N] or None, 2N when gated
+    out_ptr, z_ptr,  # [R, N] and, or None, [R, N] or [R, 2N]: contiguous
+    row_choice_ptr,  # [R] to gather, or None
+    expert_begin_ptr, expert_count_ptr, num_rows, num_slots, num_choices, N, depth,
+    E: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, CLEAR: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out = act(a[rows] @ w + bias), z the same before act; CLEAR: and 0 in the rows that nobody uses."""
+    slot, tile = place(tl.program_id(0), num_slots, tl.cdiv(N, BLOCK_N), GROUP)
+    expert, first_row, served, room = find_rows(slot, expert_begin_ptr, expert_count_ptr, num_rows, E, BLOCK_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    place_of_out = rows[:, None] * N + column[None, :]
+    if CLEAR:
+        unused = (rows >= served) & (rows < room)
+        nothing = tl.zeros((BLOCK_M, BLOCK_N), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + place_of_out, nothing, mask=unused[:, None] & (column < N)[None, :])
+    if first_row >= served:
+        return
+
+    a_rows = source_rows(rows, served, row_choice_ptr, num_choices, K)
+    z, v = product(a_ptr, a_rows, a_stride_row, a_stride_k, w_ptr + expert * w_stride_e, w_stride_k, w_stride_n,
+                   column, N, N, depth, SUM, GATED, BLOCK_K, EVEN_K, PRECISION)  # fmt: skip
+    mask = (rows < served)[:, None] & (column < N)[None, :]
+    if bias_ptr is not None:
+        bias_ptrs = bias_ptr + expert * bias_stride_e + column.to(tl.int64) * bias_stride_n
+        z += tl.load(bias_ptrs, mask=column < N, other=0.0).to(SUM)[None, :]
+        if GATED:
+            to_half = tl.cast(N, tl.int64) * bias_stride_n
+            v += tl.load(bias_ptrs + to_half, mask=column < N, other=0.0).to(SUM)[None, :]
+    if z_ptr is not None:
+        z_ptrs = z_ptr + (rows[:, None] * (2 * N) + column[None, :] if GATED else place_of_out)
+        tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask)
+        if GATED:
+            tl.store(z_ptrs + N, v.to(z_ptr.dtype.element_ty), mask=mask)
+    out = activate(z, ACTIVATION)
+    if GATED:
+        out *= v
+    tl.store(out_ptr + place_of_out, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def multiply(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_begin: Tensor,
+    expert_count: Tensor,
+    num_rows: int,
+    activation: str = "",
+    gather: Tensor | None = None,
+    k: int = 1,
+    save: bool = False,
+    clear: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """act(a[r] @ weight[e] + bias[e]) [R, N] and, if ``save``, the pre-activation (else of no rows).
+
+    With ``gather``, the plan's row_choice, row r is multiplied by the token it serves, a [T, M]. Unused rows are 0 if
+    ``clear``, else unwritten.
+    """
+    gated = activation in GATED
+    num_experts, depth, width = weight.shape
+    columns = width // 2 if gated else width
+    out = a.new_empty(num_rows, columns)
+    z = a.new_empty(num_rows if save else 0, width)
+    if not out.numel():
+        return out, z
+    tile = choose_tile(
+        Problem("gated" if gated else "rows", a.dtype.itemsize * 8, num_rows // num_experts, columns, depth),
+        current_target(),
+    )
+    num_slots = num_rows // tile.block_m + num_experts
+    _multiply_kernel[(num_slots * triton.cdiv(columns, tile.block_n),)](
+        a, *a.stride(), weight, *weight.stride(), bias, *((0, 0) if bias is None else bias.stride()),
+        out, z if save else None, gather, expert_begin, expert_count, num_rows, num_slots,
+        a.shape[0] * k, columns, depth,
+        E=num_experts, K=k, ACTIVATION=GATED.get(activation, activation), GATED=gated, CLEAR=clear,
+        SUM=sum_dtype(a), PRECISION=input_precision(a.dtype), EVEN_K=depth % tile.block_k == 0,
+        **tile.launch(),
+    )  # fmt: skip
+    return out, z
+
+
+# ------------------------------------------------------------------------------------------------- weight gradient
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_choices"])
+def _weight_gradient_kernel(
+    a_ptr, a_stride_row, a_stride_m,  # [R, M], or [T, M] to gather from
+    b_ptr, b_stride_row, b_stride_n,  # [R, N], or [T, N] to gather from
+    out_ptr, out_stride_e, out_stride_m, out_stride_n,  # [E, M, N]
+    row_choice_ptr, expert_begin_ptr, expert_count_ptr, num_rows, num_choices, M, N,
+    K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, ADD: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out[e] = a[rows of e]^T @ b[rows of e]; ADD: added to what out holds."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    expert = tl.program_id(0) // (tiles_m * tiles_n)
+    tile_m, tile_n = place(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
+    begin = tl.maximum(tl.load(expert_begin_ptr + expert), 0).to(tl.int64)
+    served = tl.minimum(begin + tl.load(expert_count_ptr + expert), num_rows)
+
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    a_ptrs = a_ptr + m.to(tl.int64)[None, :] * a_stride_m
+    b_ptrs = b_ptr + n.to(tl.int64)[None, :] * b_stride_n
+    total = tl.zeros((BLOCK_M, BLOCK_N), SUM)
+    for first in range(begin, served, BLOCK_K):
+        rows = first + tl.arange(0, BLOCK_K)
+        a_rows, b_rows = rows, rows
+        if GATHER_A:
+            a_rows = source_rows(rows, served, row_choice_ptr, num_choices, K)
+        if GATHER_B:
+            b_rows = source_rows(rows, served, row_choice_ptr, num_choices, K)
+        inside = (rows < served)[:, None]
+        a = tl.load(a_ptrs + a_rows[:, None] * a_stride_row, mask=inside & (m < M)[None, :], other=0.0)
+        b = tl.load(b_ptrs + b_rows[:, None] * b_stride_row, mask=inside & (n < N)[None, :], other=0.0)
+        total = dot(tl.trans(a), b, total, PRECISION)
+
+    out_ptrs = out_ptr + expert.to(tl.int64) * out_stride_e
+    out_ptrs += m.to(tl.int64)[:, None] * out_stride_m + n.to(tl.int64)[None, :] * out_stride_n
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    if ADD:
+        total += tl.load(out_ptrs, mask=mask, other=0.0).to(SUM)
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def weight_gradient(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    expert_begin: Tensor,
+    expert_count: Tensor,
+    num_rows: int,
+    gather_a: bool = False,
+    gather_b: bool = False,
+    row_choice: Tensor | None = None,
+    k: int = 1,
+    add: bool = False,
+) -> None:
+    """out[e] [M, N] = a[rows of e]^T @ b[rows of e], 0 for an expert without rows; ``add``: added to ``out``.
+
+    What is to be gathered, a [T, M] or b [T, N], is read at the token that each row serves.
+    """
+    num_experts, m, n = out.shape
+    if not out.numel():
+        return
+    tile = choose_tile(Problem("weight", a.dtype.itemsize * 8, m, n, num_rows // num_experts), current_target())
+    num_tokens = a.shape[0] if gather_a else b.shape[0]
+    _weight_gradient_kernel[(num_experts * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
+        a, *a.stride(), b, *b.stride(), out, *out.stride(), row_choice, expert_begin, expert_count, num_rows,
+        num_tokens * k, m, n, K=k, GATHER_A=gather_a, GATHER_B=gather_b, ADD=add,
+        SUM=sum_dtype(a), PRECISION=input_precision(a.dtype), **tile.launch(),
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------- gradients of activation and bias
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _activation_backward_kernel(
+    grad_ptr, grad_stride_row, grad_stride_n,  # [R, F]
+    z_ptr, dz_ptr,  # [R, F] or [R, 2F] when gated, contiguous; None without an activation
+    partial_ptr,  # [slots, F or 2F] or None: the column sums of each slot
+    expert_begin_ptr, expert_count_ptr, num_rows, F,
+    E: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, SUM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0)
+    _, first_row, served, _ = find_rows(slot, expert_begin_ptr, expert_count_ptr, num_rows, E, BLOCK_M)
+    if first_row >= served:
+        return
+    rows = first_row + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < served)[:, None] & (column < F)[None, :]
+    grad_ptrs = grad_ptr + rows[:, None] * grad_stride_row + column.to(tl.int64)[None, :] * grad_stride_n
+    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(SUM)
+    width = 2 * F if GATED else F
+    offset = rows[:, None] * width + column[None, :]
+    dz, dv = activation_gradient(grad, z_ptr, offset, F, mask, ACTIVATION, GATED, SUM)
+    store_hidden_gradient(dz, dv, dz_ptr, offset, partial_ptr, slot, width, column, F, mask, GATED)
+
+
+@triton.jit
+def activation_gradient(grad, z_ptr, offset, half, mask, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+                        SUM: tl.constexpr):  # fmt: skip
+    """d z (when gated: of the gate half, and of the value half) from d act(z)."""
+    if ACTIVATION == "":
+        return grad, grad
+    z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(SUM)
+    if GATED:
+        v = tl.load(z_ptr + offset + half, mask=mask, other=0.0).to(SUM)
+        return grad * v * derivative(z, ACTIVATION), grad * activate(z, ACTIVATION)
+    dz = grad * derivative(z, ACTIVATION)
+    return dz, dz

@@ -1,0 +1,193 @@
+"""What the kernels share: how they find their rows, multiply and round, and how large their tiles are.
+
+The alphabet is that of :mod:`widenet_kernels.routing`. Addresses are int64 throughout: an index is widened before it
+meets a stride.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The interpreter computes with the bits of bf16 as if they were integers: there everything is widened first.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+# ---------------------------------------------------------------------------------------------------- in the kernels
+
+
+@triton.jit
+def find_rows(slot, expert_begin_ptr, expert_count_ptr, num_rows, E: tl.constexpr, BLOCK: tl.constexpr):
+    """The expert of a slot, the slot's first row, where the rows the expert serves end, and where its room ends.
+
+    A slot is BLOCK rows of one expert. Expert e owns the slots from ``begin[e] // BLOCK + e`` on: that leaves each
+    expert enough of them whatever the counts are, so that ``num_rows // BLOCK + E`` slots cover all rows and the grid
+    follows from shapes alone. Room that no row uses begins at ``served`` and ends at ``room``.
+    """
+    experts = tl.arange(0, triton.next_power_of_2(E))
+    begins = tl.load(expert_begin_ptr + experts, mask=experts < E, other=0)
+    owned = (begins // BLOCK + experts <= slot) & (experts < E)
+    expert = tl.maximum(tl.sum(owned.to(tl.int32), axis=0) - 1, 0)
+    begin = tl.maximum(tl.load(expert_begin_ptr + expert), 0)
+    room = tl.load(expert_begin_ptr + expert + 1, mask=expert + 1 < E, other=num_rows)
+    room = tl.minimum(room, num_rows).to(tl.int64)
+    count = tl.load(expert_count_ptr + expert)
+    first_row = begin.to(tl.int64) + (slot - (begin // BLOCK + expert)).to(tl.int64) * BLOCK
+    served = tl.minimum(begin.to(tl.int64) + count, room)
+    return expert.to(tl.int64), first_row, served, room
+
+
+@triton.jit
+def source_rows(rows, served, row_choice_ptr, num_choices, K: tl.constexpr):
+    """Where the data of each row is: at the token it serves if the plan's row_choice is given, else at the row.
+
+    From ``served`` on (and for a choice out of range) it is some place inside the tensor.
+    """
+    if row_choice_ptr is None:
+        return tl.minimum(rows, served - 1)
+    choice = tl.load(row_choice_ptr + rows, mask=rows < served, other=0)
+    return tl.where((choice >= 0) & (choice < num_choices), choice // K, 0).to(tl.int64)
+
+
+@triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b on the tensor cores; fp32 operands in tf32 or in full, as PRECISION says."""
+    if INTERPRETED:
+        a, b = a.to(total.dtype), b.to(total.dtype)
+    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
+def place(pid, num_slots, num_columns, GROUP: tl.constexpr):
+    """Slot and column tile of a program: GROUP slots share the columns' weights while these are in the cache."""
+    per_group = GROUP * num_columns
+    first = pid // per_group * GROUP
+    size = tl.minimum(num_slots - first, GROUP)
+    return first + pid % per_group % size, pid % per_group // size
+
+
+# ------------------------------------------------------------------------------------------------------ on the host
+
+
+class Tile(NamedTuple):
+    """The sizes of one program of a GEMM: BLOCK_M by BLOCK_N results, BLOCK_K of the summed dimension at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int = 8  # row tiles that go through the columns together
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages} g{self.group}"
+
+    def launch(self) -> dict[str, int]:
+        """As keywords of a kernel."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP": self.group,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+class Problem(NamedTuple):
+    """What the choice of a tile depends on."""
+
+    form: str  # "rows", "glu" (two halves at once), "hidden" (the fused backward) or "weight" (the weight gradient)
+    dtype: torch.dtype
+    m: int  # rows of one expert's result, were they shared out evenly
+    n: int  # columns of the result
+    k: int  # the summed dimension
+    precision: str = "ieee"  # "tf32": fp32 operands on the tensor cores
+
+
+FORMS = ("rows", "glu", "hidden", "weight")
+
+# For 16-bit operands and results of at least 128 x 128; set by reading binaries, not yet by running them.
+_HALF = {
+    "sm_80": {
+        "rows": Tile(128, 128, 32, 8, 4),
+        "glu": Tile(128, 64, 32, 8, 4),
+        "hidden": Tile(128, 64, 32, 8, 4),
+        "weight": Tile(128, 128, 32, 8, 4),
+    },
+    "sm_90": {
+        "rows": Tile(128, 256, 64, 8, 3),
+        "glu": Tile(128, 128, 64, 8, 3),
+        "hidden": Tile(128, 128, 64, 8, 3),
+        "weight": Tile(128, 256, 64, 8, 3),
+    },
+    "sm_100": {
+        "rows": Tile(128, 256, 64, 8, 3),
+        "glu": Tile(128, 128, 64, 8, 3),
+        "hidden": Tile(128, 128, 64, 8, 3),
+        "weight": Tile(128, 256, 64, 8, 3),
+    },
+    "gfx942": {
+        "rows": Tile(128, 128, 64, 8, 2),
+        "glu": Tile(128, 64, 64, 8, 2),
+        "hidden": Tile(128, 64, 64, 8, 2),
+        "weight": Tile(128, 128, 64, 8, 2),
+    },
+}
+_TF32 = Tile(128, 64, 32, 8, 3)
+_PLAIN = {32: Tile(64, 64, 16, 8, 2), 64: Tile(64, 32, 16, 4, 2)}  # no tensor cores: fp32 in full, fp64
+_INTERPRETER = Tile(32, 32, 32, 4, 1)
+
+
+def family(target: str) -> str:
+    """The target whose tiles serve this one: 99 KiB of shared memory (sm_86, sm_89, sm_120) take those of sm_80."""
+    if target.startswith("sm_"):
+        capability = int(target[3:])
+        return "sm_90" if capability == 90 else "sm_100" if 100 <= capability < 120 else "sm_80"
+    return "gfx942"
+
+
+@functools.cache
+def choose_tile(problem: Problem, target: str) -> Tile:
+    """The tile for a problem on a target such as "sm_90": a pure function, so that nothing is tuned while training."""
+    if target == "interpreter":
+        return _INTERPRETER
+    if problem.dtype.itemsize == 2:
+        tile = _HALF[family(target)][problem.form]
+    else:
+        tile = _TF32 if problem.precision == "tf32" else _PLAIN[problem.dtype.itemsize * 8]
+    return _shrunk(tile, problem)
+
+
+def _shrunk(tile: Tile, problem: Problem) -> Tile:
+    """Not much larger than the result: few rows an expert, as in decoding, would waste most of a tile."""
+    block_m, block_n = tile.block_m, tile.block_n
+    while block_m > 16 and block_m >= 2 * problem.m:
+        block_m //= 2
+    while block_n > 32 and block_n >= 2 * problem.n:
+        block_n //= 2
+    smaller = block_m * block_n < tile.block_m * tile.block_n // 2
+    return tile._replace(block_m=block_m, block_n=block_n, num_warps=4 if smaller else tile.num_warps)
+
+
+def current_target() -> str:
+    """Such as "sm_90" or "gfx942"; "interpreter" where Triton runs on the CPU."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
+
+
+def sum_dtype(*tensors: Tensor | None) -> tl.dtype:
+    """fp32, or fp64 if anything is fp64: the precision of sums and activations."""
+    is_wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return tl.float64 if is_wide else tl.float32
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How fp32 operands enter the tensor cores: as torch's own products do on this machine."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not triton.knobs.runtime.interpret
+    return "tf32" if tf32 else "ieee"
