@@ -81,9 +81,14 @@ def _triton_twin(reference: Callable) -> Callable:
         launcher = getattr(importlib.import_module(module), reference.__name__)
         tensor = next(arg for arg in args if isinstance(arg, Tensor))
         with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
-            return launcher(*args)
+            return launcher(*(_contiguous_indices(arg) for arg in args))
 
     return run
+
+
+def _contiguous_indices(arg: Any) -> Any:
+    """The launchers take floats by their strides and index tensors as the plan makes them, contiguous."""
+    return arg.contiguous() if isinstance(arg, Tensor) and not arg.is_floating_point() else arg
 
 
 def _no_double_backward(name: str, ctx: Any, *grads: Tensor | None) -> None:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from widenet_kernels.routing import GATED
-from widenet_kernels.triton.activation import activate, derivative
+from widenet_kernels.triton.activation import activate, activation_backward
 from widenet_kernels.triton.tiles import (
     Problem,
     choose_tile,
@@ -27,12 +27,12 @@ from widenet_kernels.triton.tiles import (
 
 @triton.jit
 def product(a_ptr, a_rows, a_stride_row, a_stride_k, w_ptr, w_stride_k, w_stride_n, column, N, half, depth,
-            SUM: tl.constexpr, GATED: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+            SUM: tl.constexpr, GLU: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
     """a[a_rows] @ w[:, column], and the same with w[:, half + column] when gated (else again the first)."""
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     a_ptrs = a_ptr + a_rows[:, None] * a_stride_row + k[None, :] * a_stride_k
-    w_ptrs = w_ptr + k[:, None] * w_stride_k + column.to(tl.int64)[None, :] * w_stride_n
+    w_ptrs = w_ptr + k[:, None] * w_stride_k + column[None, :] * w_stride_n
     a_step, w_step = tl.cast(a_stride_k, tl.int64) * BLOCK_K, tl.cast(w_stride_k, tl.int64) * BLOCK_K
     to_half = tl.cast(half, tl.int64) * w_stride_n
     total = tl.zeros((a_rows.shape[0], column.shape[0]), SUM)
@@ -46,7 +46,7 @@ def product(a_ptr, a_rows, a_stride_row, a_stride_k, w_ptr, w_stride_k, w_stride
             a = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
             mask = mask & inside[:, None]
         total = dot(a, tl.load(w_ptrs, mask=mask, other=0.0), total, PRECISION)
-        if GATED:
+        if GLU:
             total_half = dot(a, tl.load(w_ptrs + to_half, mask=mask, other=0.0), total_half, PRECISION)
         a_ptrs += a_step
         w_ptrs += w_step
@@ -61,7 +61,7 @@ def _multiply_kernel(
     out_ptr, z_ptr,  # [R, N] and, or None, [R, N] or [R, 2N]: contiguous
     row_choice_ptr,  # [R] to gather, or None
     expert_begin_ptr, expert_count_ptr, num_rows, num_slots, num_choices, N, depth,
-    E: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, CLEAR: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr, CLEAR: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -69,34 +69,35 @@ def _multiply_kernel(
     slot, tile = place(tl.program_id(0), num_slots, tl.cdiv(N, BLOCK_N), GROUP)
     expert, first_row, served, room = find_rows(slot, expert_begin_ptr, expert_count_ptr, num_rows, E, BLOCK_M)
     rows = first_row + tl.arange(0, BLOCK_M)
-    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    place_of_out = rows[:, None] * N + column[None, :]
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    offset = rows[:, None] * N + column[None, :]
     if CLEAR:
         unused = (rows >= served) & (rows < room)
         nothing = tl.zeros((BLOCK_M, BLOCK_N), out_ptr.dtype.element_ty)
-        tl.store(out_ptr + place_of_out, nothing, mask=unused[:, None] & (column < N)[None, :])
+        tl.store(out_ptr + offset, nothing, mask=unused[:, None] & (column < N)[None, :])
     if first_row >= served:
         return
 
     a_rows = source_rows(rows, served, row_choice_ptr, num_choices, K)
     z, v = product(a_ptr, a_rows, a_stride_row, a_stride_k, w_ptr + expert * w_stride_e, w_stride_k, w_stride_n,
-                   column, N, N, depth, SUM, GATED, BLOCK_K, EVEN_K, PRECISION)  # fmt: skip
+                   column, N, N, depth, SUM, GLU, BLOCK_K, EVEN_K, PRECISION)  # fmt: skip
     mask = (rows < served)[:, None] & (column < N)[None, :]
     if bias_ptr is not None:
-        bias_ptrs = bias_ptr + expert * bias_stride_e + column.to(tl.int64) * bias_stride_n
+        bias_ptrs = bias_ptr + expert * bias_stride_e + column * bias_stride_n
         z += tl.load(bias_ptrs, mask=column < N, other=0.0).to(SUM)[None, :]
-        if GATED:
+        if GLU:
             to_half = tl.cast(N, tl.int64) * bias_stride_n
             v += tl.load(bias_ptrs + to_half, mask=column < N, other=0.0).to(SUM)[None, :]
     if z_ptr is not None:
-        z_ptrs = z_ptr + (rows[:, None] * (2 * N) + column[None, :] if GATED else place_of_out)
+        width = 2 * N if GLU else N
+        z_ptrs = z_ptr + rows[:, None] * width + column[None, :]
         tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask)
-        if GATED:
+        if GLU:
             tl.store(z_ptrs + N, v.to(z_ptr.dtype.element_ty), mask=mask)
     out = activate(z, ACTIVATION)
-    if GATED:
+    if GLU:
         out *= v
-    tl.store(out_ptr + place_of_out, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def multiply(
@@ -117,24 +118,24 @@ def multiply(
     With ``gather``, the plan's row_choice, row r is multiplied by the token it serves, a [T, M]. Unused rows are 0 if
     ``clear``, else unwritten.
     """
-    gated = activation in GATED
+    glu = activation in GATED
     num_experts, depth, width = weight.shape
-    columns = width // 2 if gated else width
+    columns = width // 2 if glu else width
     out = a.new_empty(num_rows, columns)
     z = a.new_empty(num_rows if save else 0, width)
     if not out.numel():
         return out, z
-    tile = choose_tile(
-        Problem("gated" if gated else "rows", a.dtype.itemsize * 8, num_rows // num_experts, columns, depth),
-        current_target(),
-    )
+    precision = input_precision(a.dtype)
+    form = "glu" if glu else "rows"
+    problem = Problem(form, a.dtype, num_rows // num_experts, columns, depth, precision)
+    tile = choose_tile(problem, current_target())
     num_slots = num_rows // tile.block_m + num_experts
     _multiply_kernel[(num_slots * triton.cdiv(columns, tile.block_n),)](
         a, *a.stride(), weight, *weight.stride(), bias, *((0, 0) if bias is None else bias.stride()),
         out, z if save else None, gather, expert_begin, expert_count, num_rows, num_slots,
         a.shape[0] * k, columns, depth,
-        E=num_experts, K=k, ACTIVATION=GATED.get(activation, activation), GATED=gated, CLEAR=clear,
-        SUM=sum_dtype(a), PRECISION=input_precision(a.dtype), EVEN_K=depth % tile.block_k == 0,
+        E=num_experts, K=k, ACTIVATION=GATED.get(activation, activation), GLU=glu, CLEAR=clear,
+        SUM=sum_dtype(a), PRECISION=precision, EVEN_K=depth % tile.block_k == 0,
         **tile.launch(),
     )  # fmt: skip
     return out, z
@@ -157,16 +158,17 @@ def _weight_gradient_kernel(
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     expert = tl.program_id(0) // (tiles_m * tiles_n)
     tile_m, tile_n = place(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
-    begin = tl.maximum(tl.load(expert_begin_ptr + expert), 0).to(tl.int64)
-    served = tl.minimum(begin + tl.load(expert_count_ptr + expert), num_rows)
+    begin = tl.maximum(tl.load(expert_begin_ptr + expert), 0)
+    count = tl.minimum(tl.load(expert_count_ptr + expert), num_rows - begin)
+    served = begin.to(tl.int64) + count
 
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    a_ptrs = a_ptr + m.to(tl.int64)[None, :] * a_stride_m
-    b_ptrs = b_ptr + n.to(tl.int64)[None, :] * b_stride_n
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    a_ptrs = a_ptr + m[None, :] * a_stride_m
+    b_ptrs = b_ptr + n[None, :] * b_stride_n
     total = tl.zeros((BLOCK_M, BLOCK_N), SUM)
-    for first in range(begin, served, BLOCK_K):
-        rows = first + tl.arange(0, BLOCK_K)
+    for first in range(0, count, BLOCK_K):
+        rows = begin.to(tl.int64) + first + tl.arange(0, BLOCK_K)
         a_rows, b_rows = rows, rows
         if GATHER_A:
             a_rows = source_rows(rows, served, row_choice_ptr, num_choices, K)
@@ -178,7 +180,7 @@ def _weight_gradient_kernel(
         total = dot(tl.trans(a), b, total, PRECISION)
 
     out_ptrs = out_ptr + expert.to(tl.int64) * out_stride_e
-    out_ptrs += m.to(tl.int64)[:, None] * out_stride_m + n.to(tl.int64)[None, :] * out_stride_n
+    out_ptrs += m[:, None] * out_stride_m + n[None, :] * out_stride_n
     mask = (m < M)[:, None] & (n < N)[None, :]
     if ADD:
         total += tl.load(out_ptrs, mask=mask, other=0.0).to(SUM)
@@ -205,51 +207,52 @@ def weight_gradient(
     num_experts, m, n = out.shape
     if not out.numel():
         return
-    tile = choose_tile(Problem("weight", a.dtype.itemsize * 8, m, n, num_rows // num_experts), current_target())
+    precision = input_precision(a.dtype)
+    tile = choose_tile(Problem("weight", a.dtype, m, n, num_rows // num_experts, precision), current_target())
     num_tokens = a.shape[0] if gather_a else b.shape[0]
     _weight_gradient_kernel[(num_experts * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
         a, *a.stride(), b, *b.stride(), out, *out.stride(), row_choice, expert_begin, expert_count, num_rows,
         num_tokens * k, m, n, K=k, GATHER_A=gather_a, GATHER_B=gather_b, ADD=add,
-        SUM=sum_dtype(a), PRECISION=input_precision(a.dtype), **tile.launch(),
+        SUM=sum_dtype(a), PRECISION=precision, **tile.launch(),
     )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------- gradients of activation and bias
+# ------------------------------------------------------------------------------------------------------- launchers
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _activation_backward_kernel(
-    grad_ptr, grad_stride_row, grad_stride_n,  # [R, F]
-    z_ptr, dz_ptr,  # [R, F] or [R, 2F] when gated, contiguous; None without an activation
-    partial_ptr,  # [slots, F or 2F] or None: the column sums of each slot
-    expert_begin_ptr, expert_count_ptr, num_rows, F,
-    E: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, SUM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    slot = tl.program_id(0)
-    _, first_row, served, _ = find_rows(slot, expert_begin_ptr, expert_count_ptr, num_rows, E, BLOCK_M)
-    if first_row >= served:
-        return
-    rows = first_row + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (rows < served)[:, None] & (column < F)[None, :]
-    grad_ptrs = grad_ptr + rows[:, None] * grad_stride_row + column.to(tl.int64)[None, :] * grad_stride_n
-    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(SUM)
-    width = 2 * F if GATED else F
-    offset = rows[:, None] * width + column[None, :]
-    dz, dv = activation_gradient(grad, z_ptr, offset, F, mask, ACTIVATION, GATED, SUM)
-    store_hidden_gradient(dz, dv, dz_ptr, offset, partial_ptr, slot, width, column, F, mask, GATED)
+def grouped_gemm(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_begin: Tensor,
+    expert_count: Tensor,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """act(rows @ weight + bias), and the pre-activation if there is an activation and ``save`` (else of no rows)."""
+    places = (expert_begin, expert_count, rows.shape[0])
+    return multiply(rows, weight, bias, *places, activation, save=save and activation != "", clear=True)
 
 
-@triton.jit
-def activation_gradient(grad, z_ptr, offset, half, mask, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-                        SUM: tl.constexpr):  # fmt: skip
-    """d z (when gated: of the gate half, and of the value half) from d act(z)."""
-    if ACTIVATION == "":
-        return grad, grad
-    z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(SUM)
-    if GATED:
-        v = tl.load(z_ptr + offset + half, mask=mask, other=0.0).to(SUM)
-        return grad * v * derivative(z, ACTIVATION), grad * activate(z, ACTIVATION)
-    dz = grad * derivative(z, ACTIVATION)
-    return dz, dz
+def grouped_gemm_backward(
+    grad: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    expert_begin: Tensor,
+    expert_count: Tensor,
+    activation: str,
+    need_rows: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d rows [R, M], d weight [E, M, N] and d bias [E, N]; of no elements where not needed."""
+    places = (expert_begin, expert_count, rows.shape[0])
+    dz, grad_bias = activation_backward(grad, z, *places[:2], activation, need_rows or need_weight, need_bias)
+    grad_rows, grad_weight = rows.new_empty(0), weight.new_empty(0)
+    if need_rows:
+        grad_rows, _ = multiply(dz, weight.transpose(1, 2), None, *places, clear=True)
+    if need_weight:
+        grad_weight = torch.empty_like(weight)
+        weight_gradient(rows, dz, grad_weight, *places)
+    return grad_rows, grad_weight, grad_bias
