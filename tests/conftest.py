@@ -1,8 +1,11 @@
 """Which devices and backends the tests run on, and the state that every test starts from and leaves behind.
 
-A test with a ``backend`` argument runs for every backend that serves its module's ``OP`` on this machine.
+A test with a ``backend`` argument runs for every backend that serves its module's ``OP`` on this machine. Triton's
+kernels run on a CPU under its interpreter alone, which it asks for by TRITON_INTERPRET=1 before it is imported: a session
+with it is about them and nothing else, one without it is about all the rest.
 """
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 import widenet_kernels as wk
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
@@ -38,6 +42,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if "device" not in names:
             break
     metafunc.parametrize(names, cases)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def interpreted(item: pytest.Item) -> bool:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        on_cpu_triton = values.get("backend") == "triton" and values.get("device", "cpu") == "cpu"
+        return on_cpu_triton or item.get_closest_marker("interpreted") is not None
+
+    config.hook.pytest_deselected(items=[item for item in items if interpreted(item) != INTERPRETED])
+    items[:] = [item for item in items if interpreted(item) == INTERPRETED]
 
 
 @pytest.fixture(autouse=True)

@@ -67,25 +67,24 @@ def test_every_op_has_a_sample(namespace):
 FULL = inputs.Shape(9, 8, 12, 3, 3, 5, "even", "every token asks every expert")
 
 
-def check(op, namespace, device, shape, dtype, activation, **options):
+def check(op, backend, device, shape, dtype, activation, **options):
     torch.use_deterministic_algorithms(False)
     arguments = samples(shape, device, dtype, activation)[op]
-    torch.library.opcheck(getattr(getattr(torch.ops, namespace), op).default, arguments, **options)
-
-
-@pytest.mark.parametrize("namespace", NAMESPACES.values())
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck(op, namespace, device):
-    check(op, namespace, device, FULL if op == "moe_ffn" else inputs.ORDINARY, torch.float32, "gelu")
+    torch.library.opcheck(getattr(getattr(torch.ops, NAMESPACES[backend]), op).default, arguments, **options)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_opcheck_of_packed_rows_in_bf16(op, device):
-    check(op, NAMESPACES["native"], device, inputs.DROPLESS, torch.bfloat16, "swiglu")
+def test_opcheck(op, device, backend):
+    check(op, backend, device, FULL if op == "moe_ffn" else inputs.ORDINARY, torch.float32, "gelu")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck_of_packed_rows_in_bf16(op, device, backend):
+    check(op, backend, device, inputs.DROPLESS, torch.bfloat16, "swiglu")
 
 
 @pytest.mark.parametrize("shape", [inputs.NO_TOKENS, inputs.NO_TOKENS_PACKED, inputs.NO_ROWS], ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_shapes_and_dtypes_without_tokens_or_rows(op, shape, device):
+def test_shapes_and_dtypes_without_tokens_or_rows(op, shape, device, backend):
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    check(op, NAMESPACES["native"], device, shape, torch.float64, "relu", test_utils=utils)
+    check(op, backend, device, shape, torch.float64, "relu", test_utils=utils)

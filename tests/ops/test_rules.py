@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import widenet_kernels as wk
+from widenet_kernels.ops.registry import NAMESPACES
 from widenet_kernels.testing import inputs
 from widenet_kernels.testing.numerics import assert_same_bits
 
@@ -175,7 +176,7 @@ def test_no_gradient_work_for_frozen_inputs(op, names, device, backend):
         call = mode.calls[f"{op}_backward"]
         assert [call[f"need_{name}"] for name in names] == [i == wanted for i in range(len(names))]
         call = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
-        namespace = torch.ops.widenet_kernels if backend == "native" else torch.ops.widenet_kernels_reference
+        namespace = getattr(torch.ops, NAMESPACES[backend])
         with torch.no_grad():
             out = getattr(namespace, f"{op}_backward")(*call.values())
         assert [t.numel() > 0 for t in out] == [i == wanted for i in range(len(names))]

@@ -18,6 +18,7 @@ from widenet_kernels.triton.tiles import (
     current_target,
     dot,
     find_rows,
+    halves,
     input_precision,
     place,
     source_rows,
@@ -81,23 +82,37 @@ def _multiply_kernel(
     a_rows = source_rows(rows, served, row_choice_ptr, num_choices, K)
     z, v = product(a_ptr, a_rows, a_stride_row, a_stride_k, w_ptr + expert * w_stride_e, w_stride_k, w_stride_n,
                    column, N, N, depth, SUM, GLU, BLOCK_K, EVEN_K, PRECISION)  # fmt: skip
-    mask = (rows < served)[:, None] & (column < N)[None, :]
     if bias_ptr is not None:
-        bias_ptrs = bias_ptr + expert * bias_stride_e + column * bias_stride_n
-        z += tl.load(bias_ptrs, mask=column < N, other=0.0).to(SUM)[None, :]
+        bias_ptr += expert * bias_stride_e
+    z_left, z_right = halves(z)
+    v_left, v_right = halves(v)
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N // 2).to(tl.int64)
+    _store_layer(z_left, v_left, bias_ptr, bias_stride_n, out_ptr, z_ptr, rows, served, column, N, ACTIVATION, GLU)
+    column += BLOCK_N // 2
+    _store_layer(z_right, v_right, bias_ptr, bias_stride_n, out_ptr, z_ptr, rows, served, column, N, ACTIVATION, GLU)
+
+
+@triton.jit
+def _store_layer(z, v, bias_ptr, bias_stride_n, out_ptr, z_ptr, rows, served, column, N,
+                 ACTIVATION: tl.constexpr, GLU: tl.constexpr):  # fmt: skip
+    """From the products to z and out: bias, activation, rounding."""
+    if bias_ptr is not None:
+        bias_ptrs = bias_ptr + column * bias_stride_n
+        z += tl.load(bias_ptrs, mask=column < N, other=0.0).to(z.dtype)[None, :]
         if GLU:
             to_half = tl.cast(N, tl.int64) * bias_stride_n
-            v += tl.load(bias_ptrs + to_half, mask=column < N, other=0.0).to(SUM)[None, :]
+            v += tl.load(bias_ptrs + to_half, mask=column < N, other=0.0).to(z.dtype)[None, :]
+    mask = (rows < served)[:, None] & (column < N)[None, :]
+    out = activate(z, ACTIVATION)
+    if GLU:
+        out *= v
+    tl.store(out_ptr + rows[:, None] * N + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
     if z_ptr is not None:
         width = 2 * N if GLU else N
         z_ptrs = z_ptr + rows[:, None] * width + column[None, :]
         tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask)
         if GLU:
             tl.store(z_ptrs + N, v.to(z_ptr.dtype.element_ty), mask=mask)
-    out = activate(z, ACTIVATION)
-    if GLU:
-        out *= v
-    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def multiply(

@@ -21,6 +21,7 @@ from widenet_kernels.triton.tiles import (
     choose_tile,
     current_target,
     find_rows,
+    halves,
     input_precision,
     place,
     source_rows,
@@ -84,7 +85,6 @@ def _hidden_backward_kernel(
         return
     rows = first_row + tl.arange(0, BLOCK_M)
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    mask = (rows < served)[:, None] & (column < F)[None, :]
     NEED_GRAD: tl.constexpr = dz_ptr is not None or dot_ptr is not None or partial_ptr is not None
     grad = tl.zeros((BLOCK_M, BLOCK_N), SUM)
     if NEED_GRAD:
@@ -95,23 +95,39 @@ def _hidden_backward_kernel(
     _, weight = load_row_weight(
         weight_ptr, weight_stride_t, weight_stride_k, row_choice_ptr, rows, served, num_choices, K
     )
-    weight = weight.to(SUM)[:, None]
+    if partial_ptr is not None:
+        partial_ptr += slot.to(tl.int64) * (2 * F if GLU else F)
+    left, right = halves(grad)
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N // 2).to(tl.int64)
+    dots = _store_hidden(left, weight.to(SUM), z_ptr, dz_ptr, scaled_ptr, partial_ptr, rows, served, column, F,
+                         ACTIVATION, GLU)  # fmt: skip
+    dots += _store_hidden(right, weight.to(SUM), z_ptr, dz_ptr, scaled_ptr, partial_ptr, rows, served,
+                          column + BLOCK_N // 2, F, ACTIVATION, GLU)  # fmt: skip
+    if dot_ptr is not None:
+        tl.store(dot_ptr + tile.to(tl.int64) * num_rows + rows, dots, mask=rows < served)
+
+
+@triton.jit
+def _store_hidden(grad, weight, z_ptr, dz_ptr, scaled_ptr, partial_ptr, rows, served, column, F,
+                  ACTIVATION: tl.constexpr, GLU: tl.constexpr):  # fmt: skip
+    """d z and its column sums, and weight * act(z), from d act(z) before the gate weight; returns <d act(z), act(z)>."""
+    mask = (rows < served)[:, None] & (column < F)[None, :]
     width = 2 * F if GLU else F
     offset = rows[:, None] * width + column[None, :]
-    z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(SUM)
+    z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(grad.dtype)
     a, v = activate(z, ACTIVATION), z
     if GLU:
-        v = tl.load(z_ptr + offset + F, mask=mask, other=0.0).to(SUM)
+        v = tl.load(z_ptr + offset + F, mask=mask, other=0.0).to(grad.dtype)
         a *= v
-    if dot_ptr is not None:
-        dots = tl.sum(tl.where(mask, grad * a, 0.0), axis=1)
-        tl.store(dot_ptr + tile.to(tl.int64) * num_rows + rows, dots, mask=rows < served)
+    dots = tl.sum(tl.where(mask, grad * a, 0.0), axis=1)
     if scaled_ptr is not None:
-        tl.store(scaled_ptr + rows[:, None] * F + column[None, :], (weight * a).to(scaled_ptr.dtype.element_ty), mask)
-    dz, dv = activation_gradient(weight * grad, z, v, ACTIVATION, GLU)
-    store_gradient(dz, dz_ptr, offset, partial_ptr, slot.to(tl.int64) * width + column, mask, column < F)
+        scaled = (weight[:, None] * a).to(scaled_ptr.dtype.element_ty)
+        tl.store(scaled_ptr + rows[:, None] * F + column[None, :], scaled, mask=mask)
+    dz, dv = activation_gradient(weight[:, None] * grad, z, v, ACTIVATION, GLU)
+    store_gradient(dz, dz_ptr, offset, partial_ptr, column, mask, column < F)
     if GLU:
-        store_gradient(dv, dz_ptr, offset + F, partial_ptr, slot.to(tl.int64) * width + column + F, mask, column < F)
+        store_gradient(dv, dz_ptr, offset + F, partial_ptr, column + F, mask, column < F)
+    return dots
 
 
 class _HiddenGradient(NamedTuple):

@@ -47,9 +47,11 @@ def source_rows(rows, served, row_choice_ptr, num_choices, K: tl.constexpr):
     From ``served`` on (and for a choice out of range) it is some place inside the tensor.
     """
     if row_choice_ptr is None:
-        return tl.minimum(rows, served - 1)
-    choice = tl.load(row_choice_ptr + rows, mask=rows < served, other=0)
-    return tl.where((choice >= 0) & (choice < num_choices), choice // K, 0).to(tl.int64)
+        source = tl.minimum(rows, served - 1)
+    else:
+        choice = tl.load(row_choice_ptr + rows, mask=rows < served, other=0)
+        source = tl.where((choice >= 0) & (choice < num_choices), choice // K, 0).to(tl.int64)
+    return source
 
 
 @triton.jit
@@ -58,6 +60,13 @@ def dot(a, b, total, PRECISION: tl.constexpr):
     if INTERPRETED:
         a, b = a.to(total.dtype), b.to(total.dtype)
     return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of the columns: what follows a product needs fewer registers a half at a time."""
+    split = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(split, (0, 2, 1)))
 
 
 @triton.jit
