@@ -11,39 +11,43 @@ from torch import Tensor
 
 
 @triton.jit
-def _load_block(expert_index_ptr, order_ptr, first, end, num_tokens, K: tl.constexpr, E: tl.constexpr,
+def _load_block(expert_index_ptr, order_ptr, block, num_tokens, K: tl.constexpr, E: tl.constexpr,
                 BY_TOKEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The flat choices that are served at positions first ... and their experts, -1 for those that ask for nothing."""
-    position = first + tl.arange(0, BLOCK)
-    inside = position < end
+    """The flat choices that a block of BLOCK positions serves, and their experts, -1 if they ask for nothing.
+
+    Blocks follow the order of service: token by token all choices, or the first choices of all tokens, then the
+    second ones ... each beginning with a block of its own, so that only scalars are divided.
+    """
+    num_tokens = num_tokens.to(tl.int64)
     if BY_TOKEN:
-        choice = position
-    else:  # all first choices before all second ones
-        token = position % num_tokens
+        choice = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = choice < num_tokens * K
+    else:
+        blocks = tl.cdiv(num_tokens, BLOCK).to(tl.int32)
+        token = tl.cast(block % blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = token < num_tokens
         if order_ptr is not None:
             token = tl.load(order_ptr + token, mask=inside, other=0)
-        choice = token * K + position // num_tokens
+        choice = token * K + block // blocks
     expert = tl.load(expert_index_ptr + choice, mask=inside, other=-1)
     asks = (expert >= 0) & (expert < E)  # before the index is narrowed
     return choice, inside, tl.where(asks, expert, -1).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "part_size"])
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "part_size"])
 def _count_kernel(
     expert_index_ptr, order_ptr, part_demand_ptr,  # [T, K], [T] or None, [parts, E]
-    num_tokens, part_size,
+    num_tokens, num_blocks, part_size,
     K: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr, BY_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """part_demand[p, e] = how many choices of part p ask for expert e."""
-    part = tl.program_id(0).to(tl.int64)
-    num_tokens = num_tokens.to(tl.int64)
-    end = tl.minimum((part + 1) * part_size, num_tokens * K)
+    part = tl.program_id(0)
     experts = tl.arange(0, E_PADDED)
     demand = tl.zeros((E_PADDED,), tl.int32)
-    for first in range(part * part_size, end, BLOCK):
-        _, _, expert = _load_block(expert_index_ptr, order_ptr, first, end, num_tokens, K, E, BY_TOKEN, BLOCK)
+    for block in range(part * part_size, tl.minimum((part + 1) * part_size, num_blocks)):
+        _, _, expert = _load_block(expert_index_ptr, order_ptr, block, num_tokens, K, E, BY_TOKEN, BLOCK)
         demand += tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), axis=0)
-    tl.store(part_demand_ptr + part * E + experts, demand, mask=experts < E)
+    tl.store(part_demand_ptr + part.to(tl.int64) * E + experts, demand, mask=experts < E)
 
 
 @triton.jit
@@ -61,49 +65,44 @@ def _demand_before(part_demand_ptr, part, num_parts, experts, E: tl.constexpr, P
 
 
 @triton.jit
-def _mark_unused(row_choice_ptr, part, num_parts, num_rows, capacity, experts, count,
-                 PACKED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """row_choice = -1 in this part's share of the rows that no choice gets."""
-    share = tl.cdiv(num_rows, num_parts * BLOCK).to(tl.int64) * BLOCK
-    for first in range(part * share, tl.minimum((part + 1) * share, num_rows), BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        if PACKED:
-            unused = row >= tl.sum(count, axis=0)
+def _mark_unused(row_choice_ptr, part, num_parts, room, experts, count, ROOMS: tl.constexpr, BLOCK: tl.constexpr):
+    """row_choice = -1 in this part's share of the rows that no choice gets: the ends of ROOMS rooms of equal size."""
+    blocks = tl.cdiv(room.to(tl.int64), BLOCK).to(tl.int32)
+    for block in range(part, ROOMS * blocks, num_parts):
+        place = tl.cast(block % blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        if ROOMS == 1:
+            filled = tl.sum(count, axis=0)
         else:
-            mine = (row // capacity)[:, None] == experts[None, :]
-            unused = row % capacity >= tl.sum(tl.where(mine, count[None, :], 0), axis=1)
-        tl.store(row_choice_ptr + row, tl.full((BLOCK,), -1, tl.int32), mask=unused & (row < num_rows))
+            filled = tl.sum(tl.where(experts == block // blocks, count, 0), axis=0)
+        row = tl.cast(block // blocks, tl.int64) * room + place
+        tl.store(row_choice_ptr + row, tl.full((BLOCK,), -1, tl.int32), mask=(place >= filled) & (place < room))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_parts", "part_size", "capacity"])
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_parts", "part_size", "room"])
 def _place_kernel(
     expert_index_ptr, order_ptr, part_demand_ptr,
     choice_row_ptr, row_choice_ptr, begin_ptr, count_ptr, demand_ptr,  # the plan
-    num_tokens, num_rows, num_parts, part_size, capacity,
-    K: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr, BY_TOKEN: tl.constexpr, PACKED: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    num_tokens, num_blocks, num_parts, part_size, room,  # of each expert; packed: of all together
+    K: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr, BY_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Program p places the choices of part p, in their order, and marks its share of the unused rows."""
-    part = tl.program_id(0).to(tl.int64)
-    num_tokens = num_tokens.to(tl.int64)
+    part = tl.program_id(0)
     experts = tl.arange(0, E_PADDED)
     before, demand = _demand_before(part_demand_ptr, part, num_parts, experts, E, PARTS)
     if PACKED:
         begin, count = tl.cumsum(demand, axis=0) - demand, demand
     else:
-        begin, count = experts * capacity, tl.minimum(demand, capacity)
+        begin, count = experts * room, tl.minimum(demand, room)
     if part == 0:
         tl.store(begin_ptr + experts, begin, mask=experts < E)
         tl.store(count_ptr + experts, count, mask=experts < E)
         tl.store(demand_ptr + experts, demand, mask=experts < E)
-    _mark_unused(row_choice_ptr, part, num_parts, num_rows, capacity, experts, count, PACKED, BLOCK)
+    _mark_unused(row_choice_ptr, part, num_parts, room, experts, count, 1 if PACKED else E, 1024)
 
     index = tl.arange(0, BLOCK)
-    end = tl.minimum((part + 1) * part_size, num_tokens * K)
-    for first in range(part * part_size, end, BLOCK):
-        choice, inside, expert = _load_block(
-            expert_index_ptr, order_ptr, first, end, num_tokens, K, E, BY_TOKEN, BLOCK
-        )
+    for block in range(part * part_size, tl.minimum((part + 1) * part_size, num_blocks)):
+        choice, inside, expert = _load_block(expert_index_ptr, order_ptr, block, num_tokens, K, E, BY_TOKEN, BLOCK)
         same_and_earlier = (expert[:, None] == expert[None, :]) & (index[:, None] > index[None, :])
         rank = tl.sum(same_and_earlier.to(tl.int32), axis=1)
         mine = expert[:, None] == experts[None, :]
@@ -126,20 +125,19 @@ def plan_routing(
     choice_row, row_choice, begin, count, demand = [expert_index.new_empty(s, dtype=torch.int32) for s in shapes]
 
     padded = triton.next_power_of_2(num_experts)
-    block = max(16, min(128, 8192 // padded))  # choices at a time: of [block, block] and [block, E] comparisons
+    block = max(16, min(64, 4096 // padded))  # positions at a time: of [block, block] and [block, E] comparisons
+    by_token = priority == "token"
+    num_blocks = triton.cdiv(num_choices, block) if by_token else k * triton.cdiv(num_tokens, block)
     most_parts = 256 if num_experts <= 16 else 128 if num_experts <= 128 else 64  # each part reads all others' counts
-    parts = max(1, min(most_parts, triton.cdiv(max(num_choices, num_rows), block)))
-    part_size = triton.cdiv(num_choices, parts)
+    parts = max(1, min(most_parts, max(num_blocks, triton.cdiv(num_rows, 1024))))
+    part_size = triton.cdiv(num_blocks, parts)
     part_demand = expert_index.new_empty(parts, num_experts, dtype=torch.int32)
     order = (-score).argsort(stable=True) if priority == "score" and score is not None else None
-    sizes = {"K": k, "E": num_experts, "E_PADDED": padded, "BY_TOKEN": priority == "token"}
-    _count_kernel[(parts,)](
-        expert_index, order, part_demand, num_tokens, part_size, **sizes,
-        BLOCK=max(16, min(1024, 8192 // padded)), num_warps=4,
-    )  # fmt: skip
+    sizes = {"K": k, "E": num_experts, "E_PADDED": padded, "BY_TOKEN": by_token, "BLOCK": block, "num_warps": 4}
+    _count_kernel[(parts,)](expert_index, order, part_demand, num_tokens, num_blocks, part_size, **sizes)
     _place_kernel[(parts,)](
         expert_index, order, part_demand, choice_row, row_choice, begin, count, demand,
-        num_tokens, num_rows, parts, part_size, capacity or 0,
-        **sizes, PACKED=capacity is None, PARTS=max(1, min(256, 4096 // padded)), BLOCK=block, num_warps=4,
+        num_tokens, num_blocks, parts, part_size, num_rows if capacity is None else capacity,
+        **sizes, PACKED=capacity is None, PARTS=max(1, min(64, 4096 // padded)),
     )  # fmt: skip
     return choice_row, row_choice, begin, count, demand
