@@ -138,6 +138,6 @@ def plan_routing(
     _place_kernel[(parts,)](
         expert_index, order, part_demand, choice_row, row_choice, begin, count, demand,
         num_tokens, num_blocks, parts, part_size, num_rows if capacity is None else capacity,
-        **sizes, PACKED=capacity is None, PARTS=max(1, min(64, 4096 // padded)),
+        **sizes, PACKED=capacity is None, PARTS=max(1, min(128, 4096 // padded)),
     )  # fmt: skip
     return choice_row, row_choice, begin, count, demand
