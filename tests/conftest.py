@@ -1,7 +1,7 @@
 """Which devices and backends the tests run on, and the state that every test starts from and leaves behind.
 
 A test with a ``backend`` argument runs for every backend that serves its module's ``OP`` on this machine. Triton's
-kernels run on a CPU under its interpreter alone, which it asks for by TRITON_INTERPRET=1 before it is imported: a session
+kernels run on a CPU under its interpreter alone, which TRITON_INTERPRET=1 asks for before it is imported: a session
 with it is about them and nothing else, one without it is about all the rest.
 """
 

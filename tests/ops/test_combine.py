@@ -7,7 +7,7 @@ import torch
 
 import widenet_kernels as wk
 from widenet_kernels.testing import inputs
-from widenet_kernels.testing.numerics import assert_float64, assert_op_as_good_as, assert_same_bits
+from widenet_kernels.testing.numerics import assert_float64, assert_gradcheck, assert_op_as_good_as, assert_same_bits
 
 OP = "combine"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -61,7 +61,7 @@ def test_gradcheck(shape, device, backend):
     plan = inputs.make_plan(shape, device=device)
     rows = make_rows(shape, torch.float64, device).requires_grad_()
     weight = inputs.make_gate_weight(shape, dtype=torch.float64, device=device).requires_grad_()
-    assert torch.autograd.gradcheck(lambda r, w: wk.combine(r, w, plan, backend=backend), (rows, weight))
+    assert_gradcheck(lambda r, w: wk.combine(r, w, plan, backend=backend), (rows, weight))
 
 
 def test_sum_is_in_k_order_in_fp32(device, backend):

@@ -8,7 +8,13 @@ import torch
 import widenet_kernels as wk
 from widenet_kernels.routing import ACTIVATIONS
 from widenet_kernels.testing import inputs
-from widenet_kernels.testing.numerics import assert_float64, assert_op_as_good_as, assert_same_bits, value_and_grads
+from widenet_kernels.testing.numerics import (
+    assert_float64,
+    assert_gradcheck,
+    assert_op_as_good_as,
+    assert_same_bits,
+    value_and_grads,
+)
 
 OP = "grouped_gemm"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -93,7 +99,7 @@ def test_gradcheck(activation, device, backend):
     shape = inputs.Shape(5, 3, 2, 3, 2, 3, "skewed", "small")
     plan = inputs.make_plan(shape, device=device)
     leaves = [t.requires_grad_() for t in make_case(shape, activation, torch.float64, device).values()]
-    assert torch.autograd.gradcheck(op(plan, activation, backend), leaves)
+    assert_gradcheck(op(plan, activation, backend), leaves)
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "swiglu"])

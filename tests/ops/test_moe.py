@@ -9,7 +9,13 @@ from test_grouped_gemm import LAYOUTS
 import widenet_kernels as wk
 from widenet_kernels.routing import ACTIVATIONS
 from widenet_kernels.testing import inputs
-from widenet_kernels.testing.numerics import assert_float64, assert_op_as_good_as, assert_same_bits, value_and_grads
+from widenet_kernels.testing.numerics import (
+    assert_float64,
+    assert_gradcheck,
+    assert_op_as_good_as,
+    assert_same_bits,
+    value_and_grads,
+)
 
 OP = "moe_ffn"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -98,7 +104,7 @@ def test_gradcheck(capacity, activation, device, backend):
     shape = inputs.Shape(5, 3, 2, 3, 2, capacity, "skewed", "small")
     plan = inputs.make_plan(shape, device=device)
     leaves = [t.requires_grad_() for t in make_case(shape, activation, torch.float64, device).values()]
-    assert torch.autograd.gradcheck(op(plan, activation, backend), leaves)
+    assert_gradcheck(op(plan, activation, backend), leaves)
 
 
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=lambda d: f"weight-{d}")

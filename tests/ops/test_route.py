@@ -8,7 +8,7 @@ import torch
 
 import widenet_kernels as wk
 from widenet_kernels.testing import inputs
-from widenet_kernels.testing.numerics import assert_float64, assert_op_as_good_as, assert_same_bits
+from widenet_kernels.testing.numerics import assert_float64, assert_gradcheck, assert_op_as_good_as, assert_same_bits
 
 OP = "route"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -98,7 +98,7 @@ def test_gradcheck(normalize, masked, frozen, device, backend):
         gate, _, logits = wk.route(x, router_weight, 2, 3, noise=noise, normalize=normalize, mask=mask, backend=backend)
         return gate.weight, gate.probs, logits
 
-    assert torch.autograd.gradcheck(outputs, (x, router_weight))
+    assert_gradcheck(outputs, (x, router_weight))
 
 
 @pytest.mark.parametrize("through", ["weight", "probs", "logits"])

@@ -4,6 +4,7 @@ Integers and pure data movement agree bit for bit. Other results are compared wi
 may be off by at most twice what plain torch in the same dtype is off (in the largest element), plus an ulp.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -23,6 +24,12 @@ def assert_float64(out: Tensor, exact: Tensor, what: str = "result") -> None:
     assert out.dtype == exact.dtype == torch.float64, f"{what}: {out.dtype} and {exact.dtype}"
     scale = float(exact.detach().abs().max()) if exact.numel() else 0.0
     torch.testing.assert_close(out, exact, rtol=0, atol=1e-13 * max(scale, 1.0), msg=lambda text: f"{what}: {text}")
+
+
+def assert_gradcheck(function: Callable, inputs: Tensor | Sequence[Tensor]) -> None:
+    """Against finite differences of float64: every derivative, or random sums of all where kernels are interpreted."""
+    fast = os.environ.get("TRITON_INTERPRET") == "1"
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=fast)
 
 
 def largest_error(out: Tensor, exact: Tensor) -> float:

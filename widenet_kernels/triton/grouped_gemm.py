@@ -165,7 +165,7 @@ def _weight_gradient_kernel(
     b_ptr, b_stride_row, b_stride_n,  # [R, N], or [T, N] to gather from
     out_ptr, out_stride_e, out_stride_m, out_stride_n,  # [E, M, N]
     row_choice_ptr, expert_begin_ptr, expert_count_ptr, num_rows, num_choices, M, N,
-    K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, ADD: tl.constexpr,
+    K: tl.constexpr, GATHER: tl.constexpr, ADD: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -179,20 +179,20 @@ def _weight_gradient_kernel(
 
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    a_ptrs = a_ptr + m[None, :] * a_stride_m
+    a_ptrs = a_ptr + m[:, None] * a_stride_m  # a is loaded as its transpose, which the tensor cores take as it is
     b_ptrs = b_ptr + n[None, :] * b_stride_n
     total = tl.zeros((BLOCK_M, BLOCK_N), SUM)
     for first in range(0, count, BLOCK_K):
         rows = begin.to(tl.int64) + first + tl.arange(0, BLOCK_K)
         a_rows, b_rows = rows, rows
-        if GATHER_A:
+        if GATHER == "a":
             a_rows = source_rows(rows, served, row_choice_ptr, num_choices, K)
-        if GATHER_B:
+        if GATHER == "b":
             b_rows = source_rows(rows, served, row_choice_ptr, num_choices, K)
-        inside = (rows < served)[:, None]
-        a = tl.load(a_ptrs + a_rows[:, None] * a_stride_row, mask=inside & (m < M)[None, :], other=0.0)
-        b = tl.load(b_ptrs + b_rows[:, None] * b_stride_row, mask=inside & (n < N)[None, :], other=0.0)
-        total = dot(tl.trans(a), b, total, PRECISION)
+        inside = rows < served
+        a = tl.load(a_ptrs + a_rows[None, :] * a_stride_row, mask=inside[None, :] & (m < M)[:, None], other=0.0)
+        b = tl.load(b_ptrs + b_rows[:, None] * b_stride_row, mask=inside[:, None] & (n < N)[None, :], other=0.0)
+        total = dot(a, b, total, PRECISION)
 
     out_ptrs = out_ptr + expert.to(tl.int64) * out_stride_e
     out_ptrs += m[:, None] * out_stride_m + n[None, :] * out_stride_n
@@ -209,25 +209,25 @@ def weight_gradient(
     expert_begin: Tensor,
     expert_count: Tensor,
     num_rows: int,
-    gather_a: bool = False,
-    gather_b: bool = False,
+    gather: str = "",
     row_choice: Tensor | None = None,
     k: int = 1,
     add: bool = False,
 ) -> None:
     """out[e] [M, N] = a[rows of e]^T @ b[rows of e], 0 for an expert without rows; ``add``: added to ``out``.
 
-    What is to be gathered, a [T, M] or b [T, N], is read at the token that each row serves.
+    ``gather``: "a" or "b", then a [T, M] or b [T, N] is read at the token that each row serves.
     """
     num_experts, m, n = out.shape
     if not out.numel():
         return
     precision = input_precision(a.dtype)
-    tile = choose_tile(Problem("weight", a.dtype, m, n, num_rows // num_experts, precision), current_target())
-    num_tokens = a.shape[0] if gather_a else b.shape[0]
+    form = "weight_gathered" if gather else "weight"
+    tile = choose_tile(Problem(form, a.dtype, m, n, num_rows // num_experts, precision), current_target())
+    num_tokens = a.shape[0] if gather == "a" else b.shape[0]
     _weight_gradient_kernel[(num_experts * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
         a, *a.stride(), b, *b.stride(), out, *out.stride(), row_choice, expert_begin, expert_count, num_rows,
-        num_tokens * k, m, n, K=k, GATHER_A=gather_a, GATHER_B=gather_b, ADD=add,
+        num_tokens * k, m, n, K=k, GATHER=gather, ADD=add,
         SUM=sum_dtype(a), PRECISION=precision, **tile.launch(),
     )  # fmt: skip
 

@@ -110,7 +110,7 @@ def _hidden_backward_kernel(
 @triton.jit
 def _store_hidden(grad, weight, z_ptr, dz_ptr, scaled_ptr, partial_ptr, rows, served, column, F,
                   ACTIVATION: tl.constexpr, GLU: tl.constexpr):  # fmt: skip
-    """d z and its column sums, and weight * act(z), from d act(z) before the gate weight; returns <d act(z), act(z)>."""
+    """d z and its column sums, weight * act(z), from d act(z) before the gate weight; returns <d act(z), act(z)>."""
     mask = (rows < served)[:, None] & (column < F)[None, :]
     width = 2 * F if GLU else F
     offset = rows[:, None] * width + column[None, :]
@@ -188,7 +188,7 @@ def _output_backward_kernel(
     num_rows, num_slots, num_choices, num_tiles, D,
     E: tl.constexpr, K: tl.constexpr, SUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """d weight[choice] = the sum of its dots + <dy, b2>, 0 for dropped choices; partial = column sums of weight * dy."""
+    """d weight[choice] = the sum of its dots + <dy, b2>, 0 for dropped choices; partial: column sums of weight * dy."""
     slot = tl.program_id(0)
     if grad_weight_ptr is not None:
         choices = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -270,6 +270,8 @@ class _Experts(NamedTuple):
 
 
 def _backward(
+    out: _Experts,
+    add: bool,
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -284,12 +286,10 @@ def _backward(
     activation: str,
     need_x: bool,
     need_weight: bool,
-    out: _Experts,
-    add: bool,
 ) -> tuple[Tensor, Tensor]:
     """d x and d weight; the experts' gradients go into ``out``, added to what it holds if ``add``."""
-    experts = (expert_begin, expert_count)
-    places, gather = (*experts, row_choice.shape[0]), {"row_choice": row_choice, "k": choice_row.shape[1]}
+    experts, k = (expert_begin, expert_count), choice_row.shape[1]
+    places = (*experts, row_choice.shape[0])
     need_z = need_x or out.w1 is not None
     hidden = hidden_backward(
         grad, weight, row_choice, *experts, z, w2, activation,
@@ -299,9 +299,9 @@ def _backward(
     if out.b1 is not None and hidden.partial is not None:
         sum_slots(hidden.partial, out.b1, *places, hidden.block_m, add)
     if out.w2 is not None and hidden.scaled is not None:
-        weight_gradient(hidden.scaled, grad, out.w2, *places, gather_b=True, **gather, add=add)
+        weight_gradient(hidden.scaled, grad, out.w2, *places, gather="b", row_choice=row_choice, k=k, add=add)
     if out.w1 is not None and hidden.dz is not None:
-        weight_gradient(x, hidden.dz, out.w1, *places, gather_a=True, **gather, add=add)
+        weight_gradient(x, hidden.dz, out.w1, *places, gather="a", row_choice=row_choice, k=k, add=add)
     grad_x = x.new_empty(0)
     if need_x and hidden.dz is not None:
         grad_rows, _ = multiply(hidden.dz, w1.transpose(1, 2), None, *places)
@@ -320,10 +320,10 @@ def moe_ffn_backward(*arguments: Any) -> tuple[Tensor, ...]:
         torch.empty_like(w2) if need_w2 else None,
         w1.new_empty(num_experts, dim) if need_b2 else None,
     )
-    grads = _backward(*inputs, out, False)
+    grads = _backward(out, False, *inputs)
     return *grads, *(w1.new_empty(0) if t is None else t for t in out)
 
 
 def moe_ffn_backward_accumulate(*arguments: Any) -> tuple[Tensor, Tensor]:
     """As :func:`moe_ffn_backward`, but adds d w1, d b1, d w2, d b2 into the last four arguments, where given."""
-    return _backward(*arguments[:-4], _Experts(*arguments[-4:]), True)
+    return _backward(_Experts(*arguments[-4:]), True, *arguments[:-4])

@@ -70,10 +70,7 @@ def _mark_unused(row_choice_ptr, part, num_parts, room, experts, count, ROOMS: t
     blocks = tl.cdiv(room.to(tl.int64), BLOCK).to(tl.int32)
     for block in range(part, ROOMS * blocks, num_parts):
         place = tl.cast(block % blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        if ROOMS == 1:
-            filled = tl.sum(count, axis=0)
-        else:
-            filled = tl.sum(tl.where(experts == block // blocks, count, 0), axis=0)
+        filled = tl.sum(tl.where((experts == block // blocks) | (ROOMS == 1), count, 0), axis=0)
         row = tl.cast(block // blocks, tl.int64) * room + place
         tl.store(row_choice_ptr + row, tl.full((BLOCK,), -1, tl.int32), mask=(place >= filled) & (place < room))
 

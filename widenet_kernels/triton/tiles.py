@@ -28,7 +28,7 @@ def find_rows(slot, expert_begin_ptr, expert_count_ptr, num_rows, E: tl.constexp
     follows from shapes alone. Room that no row uses begins at ``served`` and ends at ``room``.
     """
     experts = tl.arange(0, triton.next_power_of_2(E))
-    begins = tl.load(expert_begin_ptr + experts, mask=experts < E, other=0)
+    begins = tl.maximum(tl.load(expert_begin_ptr + experts, mask=experts < E, other=0), 0)
     owned = (begins // BLOCK + experts <= slot) & (experts < E)
     expert = tl.maximum(tl.sum(owned.to(tl.int32), axis=0) - 1, 0)
     begin = tl.maximum(tl.load(expert_begin_ptr + expert), 0)
@@ -109,7 +109,7 @@ class Tile(NamedTuple):
 class Problem(NamedTuple):
     """What the choice of a tile depends on."""
 
-    form: str  # "rows", "glu" (two halves at once), "hidden" (the fused backward) or "weight" (the weight gradient)
+    form: str  # one of FORMS
     dtype: torch.dtype
     m: int  # rows of one expert's result, were they shared out evenly
     n: int  # columns of the result
@@ -117,7 +117,10 @@ class Problem(NamedTuple):
     precision: str = "ieee"  # "tf32": fp32 operands on the tensor cores
 
 
-FORMS = ("rows", "glu", "hidden", "weight")
+# Rows times weight; two halves of it at once; the fused backward through the second layer; the weight gradient; the
+# same with one operand gathered. In the last the loads of the map and of what it points to share the stages of the
+# pipeline, hence twice as many.
+FORMS = ("rows", "glu", "hidden", "weight", "weight_gathered")
 
 # For 16-bit operands and results of at least 128 x 128; set by reading binaries, not yet by running them.
 _HALF = {
@@ -126,24 +129,28 @@ _HALF = {
         "glu": Tile(128, 64, 32, 8, 4),
         "hidden": Tile(128, 64, 32, 8, 4),
         "weight": Tile(128, 128, 32, 8, 4),
+        "weight_gathered": Tile(128, 128, 32, 8, 7),
     },
     "sm_90": {
         "rows": Tile(128, 256, 64, 8, 3),
         "glu": Tile(128, 128, 64, 8, 3),
         "hidden": Tile(128, 128, 64, 8, 3),
         "weight": Tile(128, 256, 64, 8, 3),
+        "weight_gathered": Tile(128, 256, 64, 8, 5),
     },
     "sm_100": {
         "rows": Tile(128, 256, 64, 8, 3),
         "glu": Tile(128, 128, 64, 8, 3),
         "hidden": Tile(128, 128, 64, 8, 3),
         "weight": Tile(128, 256, 64, 8, 3),
+        "weight_gathered": Tile(128, 256, 64, 8, 5),
     },
     "gfx942": {
         "rows": Tile(128, 128, 64, 8, 2),
         "glu": Tile(128, 64, 64, 8, 2),
         "hidden": Tile(128, 64, 64, 8, 2),
         "weight": Tile(128, 128, 64, 8, 2),
+        "weight_gathered": Tile(128, 128, 64, 8, 2),
     },
 }
 _TF32 = Tile(128, 64, 32, 8, 3)
@@ -162,7 +169,8 @@ def family(target: str) -> str:
 def choose_tile(problem: Problem, target: str) -> Tile:
     """The tile for a problem on a target such as "sm_90": a pure function, so that nothing is tuned while training."""
     if target == "interpreter":  # small, for several tiles in every test; but many programs take minutes
-        return Tile(*(512 if size > 2048 else 32 for size in (problem.m, problem.n, problem.k)), 4, 1)
+        block_m, block_n, block_k = (512 if size > 2048 else 32 for size in (problem.m, problem.n, problem.k))
+        return Tile(block_m, block_n, block_k, 4, 1)
     if problem.dtype.itemsize == 2:
         tile = _HALF[family(target)][problem.form]
     else:

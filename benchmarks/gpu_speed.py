@@ -1,0 +1,329 @@
+"""How fast the GPU kernels are, against copies, dense products and what torch offers: timings, or sweeps over tiles.
+
+    python benchmarks/gpu_speed.py results.json              # timings
+    python benchmarks/gpu_speed.py results.json --sweep      # tiles for every form of GEMM
+    python benchmarks/gpu_speed.py results.json --cpu-smoke  # the same code at tiny sizes under Triton's interpreter
+
+Sections run in the order of their importance and each is in the JSON when it ends. FLOPs are those of served rows.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gpu_layers
+import gpu_results
+import torch
+from gpu_layers import FINE_GRAINED, MIXTRAL, WIDENET_B, Case, Inputs, leaves, with_gradients
+from gpu_timing import DENSE, Bench, Work, machine, tensors
+from torch import Tensor
+
+import widenet_kernels as wk
+
+Section = Callable[[Bench], None]
+
+# --------------------------------------------------------------------------------------------------------- sections
+
+
+def ceilings(bench: Bench) -> None:
+    """What the machine can do: a large copy, a large product."""
+    size, side = ((1 << 30), 8192) if bench.device == "cuda" else (1 << 12, 64)
+    source, target = torch.rand(size // 4, device=bench.device), torch.empty(size // 4, device=bench.device)
+    a, b = (torch.randn(side, side, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(a)
+    works = {
+        "device-to-device copy": Work(lambda: target.copy_(source), nbytes=2 * size),
+        f"bf16 torch.mm {side}x{side}x{side}": Work(lambda: torch.mm(a, b, out=product), flops=2 * side**3),
+    }
+    rows = bench.timed(works)
+    if not bench.fill:
+        bench.put("ceilings", list(rows.values()))
+        bench.copy_gb_per_s = rows["device-to-device copy"]["gb_per_s"]
+        gpu_results.add(bench.path, ("copy_gb_per_s",), bench.copy_gb_per_s)
+
+
+def layer(bench: Bench, case: Case) -> None:
+    """moe_ffn and the whole layer, forward and forward+backward, against the peers and the floor."""
+    inputs = Inputs(case, bench.device)
+    values = leaves({"x": inputs.x, "weight": inputs.gate.weight, **inputs.experts()})
+    routed = leaves({"router": inputs.router}) | {name: t for name, t in values.items() if name != "weight"}
+    routed = {name: routed[name] for name in ("x", "router", "w1", "b1", "w2", "b2")}
+    grad = inputs.normal(case.T, case.D)
+    truth: tuple[Tensor, ...] = ()
+    if not bench.fill:
+        exact = with_gradients(gpu_layers.loop(inputs), leaves(values, torch.float32), grad.float())
+        truth = tuple(t.detach() for t in exact())
+    ffn = {"moe_ffn": gpu_layers.ours(inputs, bench.backend)}
+    for name, peer in gpu_layers.PEERS.items():
+        ffn[name] = peer(inputs)
+    layers = {name: (function, values, truth) for name, function in ffn.items()}
+    layers["route + moe_ffn"] = (gpu_layers.ours_routed(inputs, bench.backend), routed, truth[:1])
+    dense, flops = gpu_layers.Dense(inputs), case.flops(inputs.served)
+    about = f"{case.name} layer, {inputs.served} of {case.T * case.K} choices served"
+
+    def forward(function: Callable[..., Tensor], arguments: dict[str, Tensor | None]) -> Callable[[], Tensor]:
+        return torch.no_grad()(lambda: function(*arguments.values()))
+
+    def host(name: str) -> bool:
+        return "moe_ffn" in name
+
+    works = {DENSE: Work(dense.forward, flops=flops)}
+    for name, (function, arguments, expected) in layers.items():
+        call = forward(function, arguments)
+        works[name] = Work(call, expected[:1], flops=flops, host=host(name))
+    bench.measure(f"{about}, forward", works)
+    works = {DENSE: Work(dense.forward_backward, flops=3 * flops)}
+    for name, (function, arguments, expected) in layers.items():
+        call = with_gradients(function, arguments, grad)
+        works[name] = Work(call, expected, flops=3 * flops, host=host(name))
+    bench.measure(f"{about}, forward+backward", works)
+
+
+def routing(bench: Bench, case: Case) -> None:
+    """Gate, plan and route: launches of a few microseconds, so also many in one graph, from a warm cache."""
+    inputs = Inputs(case, bench.device)
+    logits, index = inputs.logits, inputs.gate.expert_index
+    x, router = (t.detach().clone().requires_grad_() for t in (inputs.x, inputs.router))
+    choices, experts = case.T * case.K, case.T * case.E
+    gate_bytes, plan_bytes = 8 * experts + 8 * choices, 8 * choices + 4 * inputs.plan.num_rows
+
+    def gate(backend: str | None = bench.backend) -> tuple:
+        return wk.topk_gate(logits, case.K, normalize=case.normalize, backend=backend)
+
+    def plan(backend: str | None = bench.backend, expert_index: Tensor = index) -> tuple:
+        return wk.plan_routing(expert_index, case.E, inputs.capacity, backend=backend)
+
+    def both(backend: str | None = bench.backend) -> tuple:
+        gated = gate(backend)
+        return gated, plan(backend, gated[1])
+
+    def route(backend: str | None = bench.backend) -> tuple:
+        options = {"normalize": case.normalize, "backend": backend}
+        return wk.route(x, router, case.K, inputs.capacity, **options)
+
+    def route_backward() -> tuple:
+        weight = route()[0].weight
+        return torch.autograd.grad(weight, [x, router], torch.ones_like(weight))
+
+    def truth(call: Callable[[str], Any]) -> list[Tensor]:
+        return [] if bench.fill else tensors(call("reference"))
+
+    forward = torch.no_grad()
+    works = {
+        "gate + plan": Work(forward(both), truth(forward(both)), nbytes=gate_bytes + plan_bytes, host=True),
+        "gate + plan, 20 in one graph": Work(lambda: [forward(both)() for _ in range(20)], repeat=20),
+        "topk_gate": Work(forward(gate), truth(forward(gate)), nbytes=gate_bytes),
+        "plan_routing": Work(plan, truth(plan), nbytes=plan_bytes),
+        "route": Work(forward(route), nbytes=2 * case.T * case.D + gate_bytes + plan_bytes, host=True),
+        "route forward+backward": Work(route_backward),
+    }
+    bench.measure(f"{case.name} routing", works)
+
+
+def movement(bench: Bench, case: Case) -> None:
+    """permute and combine, forward and backward: bytes against those of a copy."""
+    inputs = Inputs(case, bench.device)
+    plan, served, size = inputs.plan, inputs.served * case.D, 2  # bytes of bf16
+    x = inputs.x.detach().requires_grad_()
+    rows = inputs.normal(plan.num_rows, case.D).requires_grad_()
+    weight = inputs.gate.weight.detach().clone().requires_grad_()
+    grad_rows, grad_y = inputs.normal(plan.num_rows, case.D), inputs.normal(case.T, case.D)
+    indices, all_rows, all_tokens = 4 * plan.num_rows, plan.num_rows * case.D, case.T * case.D
+
+    def permute(backend: str | None = bench.backend) -> Tensor:
+        return wk.permute(x, plan, backend=backend)
+
+    def combine(backend: str | None = bench.backend) -> Tensor:
+        return wk.combine(rows, weight, plan, backend=backend)
+
+    def backward(function: Callable[..., Tensor], of: list[Tensor], grad: Tensor, backend: str | None) -> Callable:
+        out = function(backend)
+        return lambda: torch.autograd.grad(out, of, grad, retain_graph=True)
+
+    tokens = plan.row_choice.clamp_min(0) // case.K
+    nbytes = {
+        "permute": size * (all_tokens + all_rows) + indices,
+        "permute backward": size * (served + all_tokens) + 4 * case.T * case.K,
+        "combine": size * (served + all_tokens) + 8 * case.T * case.K,
+        "combine backward": size * (all_tokens + served + all_rows) + indices + 8 * case.T * case.K,
+    }
+
+    def calls(backend: str | None) -> dict[str, Callable[[], Any]]:
+        return {
+            "permute": torch.no_grad()(lambda: permute(backend)),
+            "permute backward": backward(permute, [x], grad_rows, backend),
+            "combine": torch.no_grad()(lambda: combine(backend)),
+            "combine backward": backward(combine, [rows, weight], grad_y, backend),
+        }
+
+    reference = {} if bench.fill else calls("reference")
+    works = {
+        name: Work(call, tensors(reference[name]()) if reference else (), nbytes=nbytes[name], host=True)
+        for name, call in calls(bench.backend).items()
+    }
+    target, source = torch.empty_like(grad_rows), inputs.normal(plan.num_rows, case.D)
+    works["torch.index_select (permute)"] = Work(lambda: inputs.x.index_select(0, tokens), nbytes=nbytes["permute"])
+    works["copy of the rows"] = Work(lambda: target.copy_(source), nbytes=2 * size * all_rows)
+    bench.measure(f"{case.name} movement", works)
+
+
+def gemms(bench: Bench, case: Case) -> None:
+    """grouped_gemm by itself: both layers forward, and the first one's two gradients, against products of torch."""
+    inputs = Inputs(case, bench.device)
+    experts = inputs.experts()
+    for name, depth, weight, bias, activation in (
+        ("first layer", case.D, experts["w1"], experts["b1"], case.activation),
+        ("second layer", case.F, experts["w2"], experts["b2"], None),
+    ):
+        rows = inputs.normal(inputs.plan.num_rows, depth)
+        if weight is not None:
+            one_layer(bench, f"{case.name} {name}", inputs, rows, weight, bias, activation)
+
+
+def one_layer(
+    bench: Bench, name: str, inputs: Inputs, rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> None:
+    (_, depth, width), plan = weight.shape, inputs.plan
+    rows, weight = rows.requires_grad_(), weight.requires_grad_()
+    served = torch.cat([torch.arange(r.start, r.stop, device=bench.device) for r in inputs.rows_of()])
+    packed, grad = rows.detach()[served], inputs.normal(plan.num_rows, width)
+    packed_grad, ends = grad[served], torch.tensor(inputs.counts, device=bench.device).cumsum(0).to(torch.int32)
+    dense_weight, multiply = weight.detach()[0].contiguous(), gpu_layers.torch_grouped_mm()
+    forward = torch.no_grad()(lambda: wk.grouped_gemm(rows, weight, plan, backend=bench.backend))
+    whole = torch.no_grad()(lambda: wk.grouped_gemm(rows, weight, plan, bias, activation, backend=bench.backend))
+    out = wk.grouped_gemm(rows, weight, plan, backend=bench.backend)
+    flops = 2.0 * inputs.served * depth * width
+    ways: dict[str, tuple[Callable, Callable, Callable]] = {  # ours, dense, torch's grouped_mm
+        "forward": (
+            forward,
+            lambda: packed @ dense_weight,
+            lambda: multiply(packed, weight.detach(), offs=ends),
+        ),
+        "gradient of rows": (
+            lambda: torch.autograd.grad(out, [rows], grad, retain_graph=True),
+            lambda: packed_grad @ dense_weight.t(),
+            lambda: multiply(packed_grad, weight.detach().transpose(1, 2), offs=ends),
+        ),
+        "gradient of weight": (
+            lambda: torch.autograd.grad(out, [weight], grad, retain_graph=True),
+            lambda: packed.t() @ packed_grad,
+            lambda: multiply(packed.t(), packed_grad, offs=ends),
+        ),
+    }
+    for way, (call, dense, grouped) in ways.items():
+        in_rows = way != "gradient of weight"
+        truth = () if bench.fill else one_layer_truth(way, inputs, rows, weight, grad)
+        truth_of_packed = [t[served] for t in truth] if in_rows else truth
+        works = {DENSE: Work(dense, flops=flops), "grouped_gemm": Work(call, truth, flops=flops)}
+        if way == "forward":
+            works["grouped_gemm, bias and activation"] = Work(whole, flops=flops)
+        works["torch grouped_mm"] = Work(grouped, truth_of_packed, flops=flops)
+        bench.measure(f"{name}, {way}", works)
+
+
+def one_layer_truth(way: str, inputs: Inputs, rows: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
+    """The same in fp32, one expert after the other; unused rows are 0."""
+    rows, weight, grad = rows.detach(), weight.detach(), grad.detach()
+    if way == "gradient of weight":
+        return [torch.stack([rows[r].float().t() @ grad[r].float() for r in inputs.rows_of()])]
+    source = rows if way == "forward" else grad
+    factors = weight if way == "forward" else weight.transpose(1, 2)
+    out = torch.zeros(rows.shape[0], factors.shape[2], device=rows.device)
+    for r, factor in zip(inputs.rows_of(), factors, strict=True):
+        out[r] = source[r].float() @ factor.float()
+    return [out]
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+def timings(shrink: Callable[[Case], Case]) -> dict[str, Section]:
+    widenet, mixtral, fine = (shrink(case) for case in (WIDENET_B, MIXTRAL, FINE_GRAINED))
+    return {
+        "ceilings": ceilings,
+        "WideNet-B layer": lambda bench: layer(bench, widenet),
+        "WideNet-B routing": lambda bench: routing(bench, widenet),
+        "WideNet-B movement": lambda bench: movement(bench, widenet),
+        "WideNet-B gemms": lambda bench: gemms(bench, widenet),
+        "Mixtral layer": lambda bench: layer(bench, mixtral),
+        "fine-grained layer": lambda bench: layer(bench, fine),
+        "fine-grained routing": lambda bench: routing(bench, fine),
+    }
+
+
+def fill_cache(names: list[str], seconds: float) -> None:
+    """Compile what the sections need, each section in a process of its own, all at once; errors show later."""
+    command = [sys.executable, *sys.argv, "--fill", "--only"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    running = [subprocess.Popen([*command, name], **quiet) for name in names]
+    end = time.monotonic() + seconds
+    for process in running:
+        try:
+            process.wait(max(end - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def run(bench: Bench, sections: dict[str, Section], names: list[str]) -> bool:
+    """Whether every section came to its end; one that fails is reported and stops no other."""
+    complete = True
+    for name in names:
+        try:
+            sections[name](bench)
+        except Exception as error:
+            complete = False
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            print(f"{name}: {text}", file=sys.stderr, flush=True)
+            if not bench.fill:
+                gpu_results.add(bench.path, (bench.part, name), text)
+        if bench.device == "cuda":
+            torch.cuda.empty_cache()
+    return complete
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="the JSON file to add to")
+    parser.add_argument("--sweep", action="store_true", help="sweep over tiles instead of the timings")
+    parser.add_argument("--only", nargs="+", metavar="SECTION")
+    parser.add_argument("--seconds", type=float, default=0.7, help="for one set of contenders")
+    parser.add_argument("--commit", default=os.environ.get("WIDENET_COMMIT"), help="where there is no .git")
+    parser.add_argument("--fill", action="store_true", help="only compile: call everything once")
+    parser.add_argument("--cpu-smoke", action="store_true", help="tiny sizes on the CPU; the numbers mean nothing")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    device = "cpu" if options.cpu_smoke else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("gpu_speed.py: no GPU that torch can use; --cpu-smoke runs the code on the CPU at tiny sizes")
+    if options.cpu_smoke:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+        torch.set_num_threads(1)
+    shrink = Case.tiny if options.cpu_smoke else lambda case: case
+    if options.sweep:
+        import gpu_sweep
+
+        sections, part = gpu_sweep.sections(shrink, options.cpu_smoke), "sweeps"
+    else:
+        sections, part = timings(shrink), "speed"
+    names = options.only or list(sections)
+    if not options.fill:
+        gpu_results.add(options.results, ("machine",), machine(device, options.commit))
+    if device == "cuda" and not options.fill:
+        fill_cache(names, 45)
+    bench = Bench(options.results, part, device, "triton", options.seconds, options.fill)
+    if device == "cpu":
+        sys.exit(not run(bench, sections, names))
+    with torch.cuda.stream(torch.cuda.Stream()):  # graphs are captured on the stream of what they differentiate
+        sys.exit(not run(bench, sections, names))
+
+
+if __name__ == "__main__":
+    main()

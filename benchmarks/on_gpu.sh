@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command of under 9 minutes, with no network:
+#
+#     benchmarks/on_gpu.sh OUTDIR
+#
+# OUTDIR gets at most 6 files, each complete up to the last finished step whenever the script is stopped:
+#   results.json   the machine, every number, every stage's status
+#   summary.txt    the same as a table, also printed last
+#   install.log, speed.log (smoke, timings, sweeps), tests.log, sanitizer.log
+#
+# The most important first; none stops the next; each has its own limit, and 3 s to end once it is reached:
+#
+#   stage        limit  what
+#   install         70  pip install of this checkout, into a temporary folder
+#   install-pure    15  only if that failed: without compiled kernels
+#   smoke           50  every op forward and backward against float64
+#   timings        120  the layer and its stages against copies, dense products and torch's own
+#   tests          115  pytest -m gpu, the contract of tests/conformance first
+#   sweeps          70  tile sizes for every form of GEMM
+#   memcheck        40  compute-sanitizer over a small set
+#   racecheck       20  the same for races, if memcheck could run
+#                  500  + 8 x 3 s; whatever happens, no stage runs past second 525
+#
+# A status is ok, failed (exit code), timed out, not there (a tool is missing), refused (the sanitizer cannot watch
+# this device) or no time. PYTHON names the Python that has torch (python3 otherwise); WIDENET_COMMIT the commit, where
+# there is no .git. --cpu-smoke before OUTDIR goes through the same motions without a GPU, at tiny sizes.
+set -u
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python3}
+end=525
+grace=3
+smoke=()
+if [ "${1:-}" = --cpu-smoke ]; then
+  smoke=(--cpu-smoke)
+  shift
+fi
+if [ $# -ne 1 ]; then
+  echo "usage: benchmarks/on_gpu.sh [--cpu-smoke] OUTDIR" >&2
+  exit 64
+fi
+
+if [ ${#smoke[@]} -eq 0 ] && ! timeout -k 1 20 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "on_gpu.sh: there is no GPU that torch can use with $python: nothing was run" >&2
+  exit 2
+fi
+
+mkdir -p "$1" || exit 1
+out=$(cd "$1" && pwd)
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work" "$out/.results.json.partial"' EXIT
+results=$out/results.json
+rm -f "$results" "$out"/{summary.txt,install.log,speed.log,tests.log,sanitizer.log}
+export PYTHONUNBUFFERED=1
+cd "$root" || exit 1
+
+report() { # NAME STATUS SECONDS LIMIT
+  echo "$1: $2, $3 of $4 s"
+  "$python" benchmarks/gpu_results.py stage "$results" "$@"
+}
+
+refused() { # LOG FROM: what a sanitizer that cannot watch this device says
+  tail -c "+$(($2 + 1))" "$1" | grep -qiE 'device not supported|error 999|LibraryNotLoaded|not supported on (this|the) '
+}
+
+status= # of the last stage
+stage() { # NAME LIMIT LOG COMMAND...
+  local name=$1 limit=$2 log=$out/$3 started=$SECONDS from code
+  shift 3
+  if [ $((end - grace - SECONDS)) -lt "$limit" ]; then limit=$((end - grace - SECONDS)); fi
+  if [ "$limit" -lt 5 ]; then
+    status="no time"
+    report "$name" "$status" 0 0
+    return
+  fi
+  echo "== $name" >>"$log"
+  from=$(wc -c <"$log")
+  # an interrupt, so that pytest still says what failed; Python heeds it even where it was started with it ignored
+  timeout -s INT -k "$grace" "$limit" env --default-signal=INT "$@" >>"$log" 2>&1
+  code=$?
+  case $code in
+    0) status=ok ;;
+    124 | 137) status="timed out" ;;
+    *) status="failed ($code)" ;;
+  esac
+  if [ "$3" = --tool ] && [ "$status" != ok ] && refused "$log" "$from"; then status=refused; fi
+  report "$name" "$status" $((SECONDS - started)) "$limit"
+}
+
+absent() { # NAME LIMIT
+  status="not there"
+  report "$1" "$status" 0 "$2"
+}
+
+install() { # into the temporary folder: the machine's Python stays as it is
+  "$python" -m pip --version >"$out/install.log" 2>&1
+  local pip=("$python" -m pip --disable-pip-version-check install --no-index --no-build-isolation --no-deps)
+  stage install 70 install.log "${pip[@]}" --target "$work/site" .
+  if [ "$status" != ok ]; then
+    rm -rf "$work/site"
+    stage install-pure 15 install.log env WIDENET_NATIVE=OFF "${pip[@]}" --target "$work/site" .
+  fi
+  if [ "$status" = ok ]; then export PYTHONPATH=$work/site; else export PYTHONPATH=$root; fi
+}
+
+run_tests() {
+  if ! "$python" -c 'import pytest' 2>/dev/null; then
+    absent tests 115
+    return
+  fi
+  local options=(-v --tb=short -p no:cacheprovider --continue-on-collection-errors)
+  if "$python" -c 'import xdist' 2>/dev/null; then options+=(-n 8); fi
+  # -P: what was installed is tested, not the checkout's folder
+  stage tests 115 tests.log "$python" -P -m pytest tests/conformance tests -m gpu "${options[@]}"
+}
+
+sanitize() {
+  local sanitizer
+  sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
+  if [ -z "$sanitizer" ]; then
+    absent memcheck 40
+    absent racecheck 20
+    return
+  fi
+  # without the caching allocator every tensor is an allocation whose ends the sanitizer knows
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  local options=(--error-exitcode 86 --print-limit 20 --target-processes all)
+  stage memcheck 40 sanitizer.log "$sanitizer" --tool memcheck "${options[@]}" "$python" benchmarks/gpu_sanitize.py
+  if [ "$status" = refused ]; then
+    report racecheck refused 0 20
+  else
+    stage racecheck 20 sanitizer.log "$sanitizer" --tool racecheck "${options[@]}" "$python" benchmarks/gpu_sanitize.py
+  fi
+}
+
+if [ ${#smoke[@]} -gt 0 ]; then
+  stage smoke 50 speed.log "$python" benchmarks/gpu_sanitize.py --json "$results" "${smoke[@]}"
+  stage timings 120 speed.log "$python" benchmarks/gpu_speed.py "$results" "${smoke[@]}" --only ceilings
+  stage fails 5 tests.log "$python" -c 'raise SystemExit(3)'
+  stage hangs 5 tests.log "$python" -c 'import time; time.sleep(60)'
+  stage refuses 5 sanitizer.log bash -c 'echo Device not supported; exit 1' --tool
+  absent memcheck 40
+else
+  install
+  stage smoke 50 speed.log "$python" benchmarks/gpu_sanitize.py --large --jobs 8 --json "$results"
+  stage timings 120 speed.log "$python" benchmarks/gpu_speed.py "$results"
+  run_tests
+  stage sweeps 70 speed.log "$python" benchmarks/gpu_speed.py "$results" --sweep
+  sanitize
+fi
+"$python" benchmarks/gpu_results.py summary "$results" | tee "$out/summary.txt"
+! grep -q '"status": "\(failed\|timed out\)' "$results"
