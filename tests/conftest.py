@@ -17,6 +17,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
+if INTERPRETED:
+    import interpreted
+
+    interpreted.install()
+
+
 def backends(op: str, device: str) -> list[str]:
     """What is available, and "native" wherever a library was built: one that cannot be loaded fails, not vanishes."""
     names = list(wk.available_backends(op, device))
@@ -44,14 +50,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(names, cases)
 
 
+# What the interpreter is not asked, for it takes minutes: the modules and models, which call the same ops; what differs
+# by threads, which it has not; and, beside the oracle, the shapes of very many tokens or experts in every dtype.
+OVERLONG = ("tests/nn/", "tests/models/", "number_of_threads", "-T5000-", "-T65600-", "as_good_as_torch[cpu-triton-T5-D4-")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def interpreted(item: pytest.Item) -> bool:
         values = item.callspec.params if hasattr(item, "callspec") else {}
         on_cpu_triton = values.get("backend") == "triton" and values.get("device", "cpu") == "cpu"
         return on_cpu_triton or item.get_closest_marker("interpreted") is not None
 
-    config.hook.pytest_deselected(items=[item for item in items if interpreted(item) != INTERPRETED])
-    items[:] = [item for item in items if interpreted(item) == INTERPRETED]
+    def wanted(item: pytest.Item) -> bool:
+        overlong = INTERPRETED and any(part in item.nodeid for part in OVERLONG)
+        return interpreted(item) == INTERPRETED and not overlong
+
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = [item for item in items if wanted(item)]
 
 
 @pytest.fixture(autouse=True)

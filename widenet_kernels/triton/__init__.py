@@ -10,9 +10,14 @@ import importlib.util
 import torch
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def why_not(device: torch.device) -> str | None:
-    """The reason why these kernels cannot run on ``device``, or None if they can."""
+    """The reason why these kernels cannot run on ``device``, or None if they can; not traced by torch.compile."""
+    return _reason(device)
+
+
+@functools.cache
+def _reason(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     import triton

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from widenet_kernels.triton.tiles import sum_dtype
+from widenet_kernels.triton.tiles import convert, sum_dtype
 
 # ---------------------------------------------------------------------------------------------- of a tile of tokens
 
@@ -19,7 +19,7 @@ def load_rows(ptr, stride_t, stride_n, token, num_tokens, WIDTH: tl.constexpr, P
     """The tokens' rows of a [T, WIDTH] tensor, 0 outside it."""
     column = tl.arange(0, PADDED)[None, :].to(tl.int64)
     mask = (token < num_tokens)[:, None] & (column < WIDTH)
-    return tl.load(ptr + token[:, None] * stride_t + column * stride_n, mask=mask, other=0.0).to(SUM)
+    return convert(tl.load(ptr + token[:, None] * stride_t + column * stride_n, mask=mask, other=0.0), SUM)
 
 
 @triton.jit

@@ -138,20 +138,19 @@ def router(num_experts: int, k: int, dtype: torch.dtype, num_tokens: int = 50432
 
 
 def launch_all() -> None:
-    was_allowed = torch.backends.cuda.matmul.allow_tf32
+    precision = torch.backends.cuda.matmul.fp32_precision
     try:
         for case in CASES + FUSED_CASES:
-            torch.backends.cuda.matmul.allow_tf32 = case.tf32
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
             fused(case)
             if case in CASES:
                 stages(case)
-        torch.backends.cuda.matmul.allow_tf32 = False
         for num_experts, k in ROUTERS:
             router(num_experts, k, BF16)
         for dtype in (FP32, FP64):
             router(WIDENET.E, WIDENET.K, dtype)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = was_allowed
+        torch.backends.cuda.matmul.fp32_precision = precision
 
 
 def compile_all(target: str, kernel: str = "") -> list[Binary]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from widenet_kernels.triton.gate import choose, gradient, load_rows, store_rows, with_strides
 from widenet_kernels.triton.plan import plan_routing
-from widenet_kernels.triton.tiles import dot, sum_dtype
+from widenet_kernels.triton.tiles import convert, dot, sum_dtype
 
 MOST_PARTS = 64  # of the tokens, in the sum over them
 
@@ -19,7 +19,8 @@ MOST_PARTS = 64  # of the tokens, in the sum over them
 @triton.jit
 def load_tile(ptr, row, stride_row, column, stride_column, mask, SUM: tl.constexpr):
     """[rows, columns] of a matrix, 0 where masked; the indices are int64."""
-    return tl.load(ptr + row[:, None] * stride_row + column[None, :] * stride_column, mask=mask, other=0.0).to(SUM)
+    tile = tl.load(ptr + row[:, None] * stride_row + column[None, :] * stride_column, mask=mask, other=0.0)
+    return convert(tile, SUM)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -100,7 +101,7 @@ def _route_backward_kernel(
                 total = dot(part, router, total, "ieee")
             mask = (token < num_tokens)[:, None] & (column < D)[None, :]
             out_ptrs = grad_x_ptr + token[:, None] * D + column[None, :]
-            tl.store(out_ptrs, total.to(grad_x_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptrs, convert(total, grad_x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "part_size"])
@@ -136,7 +137,7 @@ def _sum_parts_kernel(partial_ptr, out_ptr, parts, size, PARTS: tl.constexpr, BL
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = (part < parts)[:, None] & (place < size)[None, :]
     total = tl.sum(tl.load(partial_ptr + part[:, None] * size + place[None, :], mask=mask, other=0.0), axis=0)
-    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=place < size)
+    tl.store(out_ptr + place, convert(total, out_ptr.dtype.element_ty), mask=place < size)
 
 
 # -------------------------------------------------------------------------------------------------------- launchers

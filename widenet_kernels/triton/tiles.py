@@ -63,6 +63,14 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def convert(tile, dtype: tl.constexpr):
+    """To another float type; between bf16 and fp64 by way of fp32, the only one that the interpreter takes bf16 to."""
+    if tile.dtype == tl.bfloat16 or dtype == tl.bfloat16:
+        tile = tile.to(tl.float32)
+    return tile.to(dtype)
+
+
+@triton.jit
 def halves(tile):
     """The left and the right half of the columns: what follows a product needs fewer registers a half at a time."""
     split = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
@@ -215,5 +223,5 @@ def sum_dtype(*tensors: Tensor | None) -> tl.dtype:
 
 def input_precision(dtype: torch.dtype) -> str:
     """How fp32 operands enter the tensor cores: as torch's own products do on this machine."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not triton.knobs.runtime.interpret
-    return "tf32" if tf32 else "ieee"
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 and not triton.knobs.runtime.interpret else "ieee"
