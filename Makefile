@@ -10,13 +10,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test bench lint test-install clean
+.PHONY: demo test report bench lint test-install clean
 
 demo: $(VENV)/installed  ## train a WideNet on real handwritten digits through the compiled ops
 	$(BIN)/python examples/train_digits.py --epochs $(EPOCHS) --out $(OUT)
 
-test: $(VENV)/installed  ## the whole test suite, sanitizers included
-	$(BIN)/python -m pytest
+test: $(VENV)/installed  ## the whole test suite, sanitizers included; then the Triton kernels under their interpreter
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2
+
+report: $(VENV)/installed  ## the Triton kernels compiled for every target: registers, shared memory, tensor cores
+	$(BIN)/python -m widenet_kernels.triton.report
 
 bench: $(VENV)/installed  ## the layer against the time of its GEMMs alone
 	$(BIN)/python benchmarks/bench_layer.py

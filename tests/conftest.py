@@ -52,7 +52,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 # What the interpreter is not asked, for it takes minutes: the modules and models, which call the same ops; what differs
 # by threads, which it has not; and, beside the oracle, the shapes of very many tokens or experts in every dtype.
-OVERLONG = ("tests/nn/", "tests/models/", "number_of_threads", "-T5000-", "-T65600-", "as_good_as_torch[cpu-triton-T5-D4-")
+OVERLONG = (
+    "tests/nn/",
+    "tests/models/",
+    "number_of_threads",
+    "-T5000-",
+    "-T65600-",
+    "as_good_as_torch[cpu-triton-T5-D4-",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

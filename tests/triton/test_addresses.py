@@ -135,9 +135,7 @@ def test_output_backward(last):
     dim = 2**16 + 2**12
     grad, b2, dots = meta(TOKENS, dim), meta(3, dim), meta(1100, ROWS, dtype=torch.float32)
     grad_b2 = meta(3, dim, dtype=torch.float32)
-    moe.output_backward(
-        grad, torch.ones(TOKENS, K), choice_row, row_choice, BEGIN, COUNT, b2, dots, grad_b2, True
-    )
+    moe.output_backward(grad, torch.ones(TOKENS, K), choice_row, row_choice, BEGIN, COUNT, b2, dots, grad_b2, True)
     assert_reached(last, grad, dots)
     assert last.elements(grad_b2) == grad_b2.numel()
 

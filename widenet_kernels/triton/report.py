@@ -9,6 +9,7 @@ import argparse
 import concurrent.futures
 import functools
 import multiprocessing
+import os
 import re
 import sys
 from collections import Counter
@@ -163,7 +164,7 @@ def compile_all(target: str, kernel: str = "") -> list[Binary]:
 def compile_for(targets: list[str], kernel: str = "") -> Iterator[list[Binary]]:
     """The same for several targets at a time, each in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(mp_context=spawn) as pool:
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
         yield from pool.map(compile_all, targets, [kernel] * len(targets))
 
 
@@ -264,8 +265,10 @@ def wide_copies(binary: Binary) -> list[str]:
 
 
 def wide_stores(binary: Binary) -> list[str]:
-    """AMD's accumulators hold 4 columns each: 64 bits of a 16-bit type."""
-    most = 64 if TARGETS[binary.target].gpu.backend == "hip" else 128
+    """AMD's accumulators hold 4 columns each, 64 bits of a 16-bit type; those of fp32 products in full perhaps one."""
+    most = 128
+    if TARGETS[binary.target].gpu.backend == "hip":
+        most = 32 if any(p.operands == "f32" and p.precision == "ieee" for p in products(binary)) else 64
     return lacking("stores", expected(binary, "store", most), binary.stores)
 
 
