@@ -90,7 +90,7 @@ def test_wild_experts_in_the_gradient():
         route.route_backward(*args, True, True)
 
 
-# ------------------------------------------------------------------------------------------- the checks see what they should
+# ---------------------------------------------------------------------------------- the checks see what they should
 
 
 @triton.jit
