@@ -186,7 +186,7 @@ def _read_amd(compiled: Any) -> dict[str, Any]:
     opcodes = Counter(re.findall(r"^\s+((?:v_mfma|global_|buffer_|flat_|scratch_)\w+)", text, re.MULTILINE))
     return {
         "registers": number["vgpr_count"],
-        "spilled": number["vgpr_spill_count"] + number["sgpr_spill_count"] + number["private_segment_fixed_size"],
+        "spilled": number["vgpr_spill_count"] + number["private_segment_fixed_size"],  # scalars spill to registers
         "tensor_cores": _counted(opcodes, r"(v_mfma\w*)", lambda name: name),
         "loads": _counted(opcodes, r"((?:global|buffer|flat)_load_\w+)", _amd_width),
         "copies": Counter(),

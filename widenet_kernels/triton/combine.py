@@ -40,7 +40,7 @@ def gather_sum(rows: Tensor, weight: Tensor | None, choice_row: Tensor) -> Tenso
     (num_tokens, k), (num_rows, dim) = choice_row.shape, rows.shape
     out = rows.new_empty(num_tokens, dim)
     if out.numel():
-        block_t, block_d = movement_blocks(dim)
+        block_t, block_d = movement_blocks(dim, rows.itemsize)
         _gather_sum_kernel[triton.cdiv(num_tokens, block_t), triton.cdiv(dim, block_d)](
             rows, *rows.stride(), weight, *((0, 0) if weight is None else weight.stride()), choice_row, out,
             num_tokens, num_rows, dim,
@@ -111,7 +111,7 @@ def combine_backward(
     grad_rows = rows.new_empty(rows.shape if need_rows else 0)
     grad_weight = weight.new_empty(weight.shape if need_weight else 0)
     if grad_rows.numel() or grad_weight.numel():
-        block_t, block_d = movement_blocks(dim)
+        block_t, block_d = movement_blocks(dim, rows.itemsize)
         blocks = triton.cdiv(max(num_tokens, num_rows if need_rows else 0), block_t)
         _combine_backward_kernel[(blocks,)](
             grad, *grad.stride(), rows, *rows.stride(), weight, *weight.stride(), choice_row, row_choice,

@@ -194,11 +194,19 @@ def _weight_gradient_kernel(
         b = tl.load(b_ptrs + b_rows[:, None] * b_stride_row, mask=inside[:, None] & (n < N)[None, :], other=0.0)
         total = dot(a, b, total, PRECISION)
 
-    out_ptrs = out_ptr + expert.to(tl.int64) * out_stride_e
-    out_ptrs += m[:, None] * out_stride_m + n[None, :] * out_stride_n
+    out_ptr += expert.to(tl.int64) * out_stride_e
+    left, right = halves(total)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2).to(tl.int64)
+    _store_sum(left, out_ptr, out_stride_m, out_stride_n, m, M, n, N, ADD)
+    _store_sum(right, out_ptr, out_stride_m, out_stride_n, m, M, n + BLOCK_N // 2, N, ADD)
+
+
+@triton.jit
+def _store_sum(total, out_ptr, out_stride_m, out_stride_n, m, M, n, N, ADD: tl.constexpr):
+    out_ptrs = out_ptr + m[:, None] * out_stride_m + n[None, :] * out_stride_n
     mask = (m < M)[:, None] & (n < N)[None, :]
     if ADD:
-        total += tl.load(out_ptrs, mask=mask, other=0.0).to(SUM)
+        total += tl.load(out_ptrs, mask=mask, other=0.0).to(total.dtype)
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -30,7 +30,7 @@ def permute(x: Tensor, choice_row: Tensor, row_choice: Tensor) -> Tensor:
     num_rows, dim = row_choice.shape[0], x.shape[1]
     out = x.new_empty(num_rows, dim)
     if out.numel():
-        block_r, block_d = movement_blocks(dim)
+        block_r, block_d = movement_blocks(dim, x.itemsize)
         _permute_kernel[triton.cdiv(num_rows, block_r), triton.cdiv(dim, block_d)](
             x, *x.stride(), row_choice, out, num_rows, choice_row.numel(), dim,
             K=choice_row.shape[1], BLOCK_R=block_r, BLOCK_D=block_d, num_warps=4,

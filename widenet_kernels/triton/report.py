@@ -239,10 +239,10 @@ def expected(binary: Binary, operation: str, most: int = 128) -> Counter[int]:
 
 def lacking(kind: str, expected: Counter[int], found: Counter[int]) -> list[str]:
     for width in sorted(expected, reverse=True):
-        wanted = sum(n for size, n in expected.items() if size >= width)
-        count = sum(n for size, n in found.items() if size >= width)
-        if count < wanted:
-            return [f"{count} {kind} of {width} bits or more, expected {wanted}"]
+        wanted = sum(size * n for size, n in expected.items() if size >= width)
+        total = sum(size * n for size, n in found.items() if size >= width)
+        if total < wanted:
+            return [f"{kind} of {width} bits or more move {total} bits a thread, expected {wanted}"]
     return []
 
 

@@ -143,12 +143,12 @@ def _sum_parts_kernel(partial_ptr, out_ptr, parts, size, PARTS: tl.constexpr, BL
 # -------------------------------------------------------------------------------------------------------- launchers
 
 
-def token_blocks(num_experts: int) -> dict[str, int]:
-    """Up to 4,096 elements a program: more do not fit its registers beside what the products need."""
+def token_blocks(num_experts: int, itemsize: int) -> dict[str, int]:
+    """Up to 16 KiB of logits a program: more do not fit its registers beside what the products need."""
     padded = triton.next_power_of_2(num_experts)
     return {
         "E_PADDED": padded,
-        "BLOCK_T": max(4, min(32, 4096 // padded)),
+        "BLOCK_T": max(4, min(128, 16384 // padded) // itemsize),
         "num_warps": 4 if padded <= 256 else 8,
         "num_stages": 2,
     }
@@ -173,12 +173,12 @@ def route(
     probs = x.new_empty(num_tokens, num_experts, dtype=dtype)
     logits = x.new_empty(num_tokens, num_experts, dtype=dtype)
     if num_tokens:
-        blocks = token_blocks(num_experts)
+        blocks = token_blocks(num_experts, probs.itemsize)
         _route_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
             *with_strides(x), *with_strides(router_weight), *with_strides(noise), mask,
             weight, expert_index, probs, logits, num_tokens, dim,
             E=num_experts, K=k, NORMALIZE=normalize, SUM=sum_dtype(x, router_weight),
-            **blocks, BLOCK_D=32 if num_experts <= 128 else 16,
+            **blocks, BLOCK_D=32 if num_experts <= 128 and not is_wide else 16,
         )  # fmt: skip
     score = weight[:, 0] if priority == "score" else None
     return weight, expert_index, probs, logits, *plan_routing(expert_index, num_experts, capacity, priority, score)
@@ -204,7 +204,7 @@ def route_backward(
     grad = probs.new_empty(num_tokens, num_experts)
     asked = probs.new_empty(num_tokens, dtype=torch.int32)
     if x.numel() and (need_x or need_router_weight):
-        blocks = token_blocks(num_experts)
+        blocks = token_blocks(num_experts, probs.itemsize)
         _route_backward_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
             *with_strides(grad_weight), *with_strides(grad_probs), *with_strides(grad_logits), *with_strides(weight),
             expert_index, *with_strides(probs), *with_strides(router_weight), grad, asked, grad_x if need_x else None,
@@ -219,8 +219,8 @@ def route_backward(
 def _router_weight_gradient(grad: Tensor, asked: Tensor, x: Tensor, out: Tensor) -> None:
     """out [E, D] = grad^T @ x, in parts of at least 256 tokens and about as many programs as a GPU holds."""
     (num_tokens, dim), (num_experts, _) = x.shape, out.shape
-    block_t, block_d = 16, 64
-    block_e = min(64, triton.next_power_of_2(num_experts))
+    block_t, block_d = 16, 512 // grad.itemsize
+    block_e = min(32, triton.next_power_of_2(num_experts))
     tiles = triton.cdiv(num_experts, block_e) * triton.cdiv(dim, block_d)
     parts = min(MOST_PARTS, triton.cdiv(num_tokens, 256), max(1, 1024 // tiles))
     partial = grad.new_empty(parts, num_experts, dim)

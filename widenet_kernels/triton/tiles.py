@@ -197,14 +197,14 @@ def _shrunk(tile: Tile, problem: Problem) -> Tile:
     return tile._replace(block_m=block_m, block_n=block_n, num_warps=4 if smaller else tile.num_warps)
 
 
-def movement_blocks(dim: int) -> tuple[int, int]:
-    """Rows and columns of a program that moves rows: 4,096 elements, 4 loads of 16 bytes a thread in fp16 and bf16.
+def movement_blocks(dim: int, itemsize: int) -> tuple[int, int]:
+    """Rows and columns of a program that moves rows: 8 KiB, 4 loads of 16 bytes a thread.
 
     The columns divide D where a power of two of a useful size does, so that no thread idles at D = 768.
     """
     factor = dim & -dim
     columns = min(factor if factor >= 128 else triton.next_power_of_2(dim), 1024)
-    return 4096 // columns, columns
+    return 8192 // itemsize // columns, columns
 
 
 def current_target() -> str:
