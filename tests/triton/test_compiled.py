@@ -83,7 +83,7 @@ def product_kernel(a_ptr, b_ptr, out_ptr, stride, M: tl.constexpr, N: tl.constex
     for first in range(0, stride, K):
         a = tl.load(a_ptr + row * stride + first + k[None, :])
         b = tl.load(b_ptr + (first + k[:, None]) * stride + column)
-        total = tl.dot(a, b, total)
+        total = tl.dot(a, b, total, input_precision="ieee")
     tl.store(out_ptr + row * stride + column, total)
 
 
@@ -149,7 +149,7 @@ class TestRules:
         wide = compiled(target, copy_kernel, empty(64, 64), empty(64, 64), 64, N=64)
         narrow = compiled(target, copy_kernel, empty(64, 63), empty(64, 63), 63, N=64)
         assert report.broken_rules(wide) == []
-        assert [words.split()[1] for words in report.broken_rules(narrow)] == ["loads", "stores"]
+        assert [words.split()[0] for words in report.wide_loads(narrow) + report.wide_stores(narrow)] == ["loads", "stores"]
 
     def test_a_grid_that_cuda_refuses_is_reported(self, target):
         binary = compiled(target, copy_kernel, empty(64, 64), empty(64, 64), 64, N=64)
@@ -252,6 +252,8 @@ def test_operands_fit_shared_memory(target):
             tile = choose_tile(problem._replace(dtype=dtype, precision=precision), target)
             columns = tile.block_m + tile.block_n * (2 if form == "glu" else 1)
             stages = tile.num_stages - 1 if target == "gfx942" else tile.num_stages  # AMD: one is in registers
+            if form == "weight_gathered":  # half of them hold where the rows are
+                stages = (stages + 1) // 2
             assert columns * tile.block_k * dtype.itemsize * stages <= limit, (form, tile)
 
 

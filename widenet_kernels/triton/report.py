@@ -248,7 +248,7 @@ def lacking(kind: str, expected: Counter[int], found: Counter[int]) -> list[str]
 
 def operand_width(binary: Binary) -> int:
     """An operand that a product wants transposed reaches shared memory by the element where that is 32 or 64 bits."""
-    alone = [p for p in products(binary) if p.precision == "tf32" or p.operands == "f64"]
+    alone = [p for p in products(binary) if p.operands == "f64" or (p.operands == "f32" and p.precision == "tf32")]
     return min((int(product.operands[1:]) for product in alone), default=128)
 
 
