@@ -55,7 +55,8 @@ def _note(extents: Iterator[tuple[int, int] | None]) -> None:
 
 def _check(pointers: Any, mask: Any, what: str) -> np.ndarray:
     """The addresses that are not masked, if all are inside the kernel's tensors."""
-    first = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)]
+    asked = np.asarray(mask.data).astype(bool)  # a descriptor's mask is an array, a pointer's a handle of one
+    first = pointers.data[np.broadcast_to(asked, pointers.data.shape)]
     if first.size:
         size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
         holder = np.searchsorted(_extents[:, 0], first, side="right").astype(np.int64) - 1
@@ -64,20 +65,20 @@ def _check(pointers: Any, mask: Any, what: str) -> np.ndarray:
     return first
 
 
-def _checked_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+def _checked_load(pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
     first = _check(pointers, mask, "load")
     if first.size and first[0] >= FAR:
         _far.reach(first, pointers)
         mask = interpreter.TensorHandle(np.zeros_like(mask.data), mask.dtype)
-    return _load(pointers, mask, *rest)
+    return _load(pointers, mask, *rest, **named)
 
 
-def _checked_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> None:
+def _checked_store(pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> None:
     first = _check(pointers, mask, "store")
     if first.size and first[0] >= FAR:
         _far.reach(first, pointers)
     else:
-        _store(pointers, value, mask, *rest)
+        _store(pointers, value, mask, *rest, **named)
 
 
 # ----------------------------------------------------------------------------------------- tensors that are not there

@@ -40,9 +40,6 @@ def tile_of(binary):
 
 @pytest.mark.parametrize("target", TARGETS)
 class TestBinaries:
-    @pytest.mark.xfail(
-        reason="fp64, tf32 and some gfx942 and sm_120 binaries still break rules: make report", strict=False
-    )
     def test_rules(self, binaries, target):
         broken = [
             f"{b.kernel} {report.config(b)}: {words}" for b in binaries[target] for words in report.broken_rules(b)
@@ -55,6 +52,11 @@ class TestBinaries:
     def test_every_default_tile_was_compiled(self, binaries, target):
         compiled = {tile_of(binary) for binary in binaries[target]}
         assert {*tiles._HALF[family(target)].values(), tiles._TF32, *tiles._PLAIN.values()} <= compiled
+
+    def test_described_operands_come_by_the_copy_engine(self, binaries, target):
+        described = [binary for binary in binaries[target] if binary.constants.get("DESCRIBED")]
+        assert {b.constants["DESCRIBED"] for b in described} == ({"kn", "nk"} if target in report.TMA_TARGETS else set())
+        assert all(binary.copies and set(binary.copies) == {128} for binary in described)
 
     def test_shrunk_tiles_were_compiled(self, binaries, target):
         assert {16, 32} <= {tile.block_m for tile in map(tile_of, binaries[target]) if tile is not None}
@@ -149,7 +151,8 @@ class TestRules:
         wide = compiled(target, copy_kernel, empty(64, 64), empty(64, 64), 64, N=64)
         narrow = compiled(target, copy_kernel, empty(64, 63), empty(64, 63), 63, N=64)
         assert report.broken_rules(wide) == []
-        assert [words.split()[0] for words in report.wide_loads(narrow) + report.wide_stores(narrow)] == ["loads", "stores"]
+        broken = report.wide_loads(narrow) + report.wide_stores(narrow)
+        assert [words.split()[0] for words in broken] == ["loads", "stores"]
 
     def test_a_grid_that_cuda_refuses_is_reported(self, target):
         binary = compiled(target, copy_kernel, empty(64, 64), empty(64, 64), 64, N=64)

@@ -48,7 +48,7 @@ class Binary:
     kernel: str
     constants: dict[str, Any]  # the constexpr arguments, num_warps and num_stages
     grid: tuple[int, ...]
-    types: tuple[str, ...] = ()  # of the arguments that are pointers
+    types: tuple[str, ...] = ()  # of the arguments that are pointers or tensor descriptors
     registers: int = 0
     spilled: int = 0  # AMD: registers; NVIDIA: instructions and bytes of the stack
     shared: int = 0  # bytes
@@ -133,14 +133,13 @@ def read(target: str, kernel: str, constants: dict[str, Any], grid: tuple[int, .
     if isinstance(compiled, Exception):
         return Binary(target, kernel, plain, grid, error=str(compiled))
     of_target = _read_nvidia if TARGETS[target].gpu.backend == "cuda" else _read_amd
-    types = tuple(kind[1:] for kind in compiled.src.signature.values() if str(kind).startswith("*"))
-    plain = {name: value if isinstance(value, int | str | None) else str(value) for name, value in constants.items()}
+    kinds = re.findall(r"^(?:\*|tensordesc<)(\w+)", "\n".join(map(str, compiled.src.signature.values())), re.MULTILINE)
     return Binary(
         target,
         kernel,
         plain,
         grid,
-        types,
+        tuple(kinds),
         shared=compiled.metadata.shared,
         ttir=compiled.asm["ttir"],
         **of_target(compiled),

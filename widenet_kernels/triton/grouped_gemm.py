@@ -9,11 +9,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from widenet_kernels.routing import GATED
 from widenet_kernels.triton.activation import activate, activation_backward
 from widenet_kernels.triton.tiles import (
     Problem,
+    Tile,
     choose_tile,
     current_target,
     dot,
@@ -54,16 +56,42 @@ def product(a_ptr, a_rows, a_stride_row, a_stride_k, w_ptr, w_stride_k, w_stride
     return total, total_half
 
 
+@triton.jit
+def described_product(a, w, expert, first_row, column, half, depth, SUM: tl.constexpr, GLU: tl.constexpr,
+                      DESCRIBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      PRECISION: tl.constexpr):  # fmt: skip
+    """The same of BLOCK_M rows and BLOCK_N columns from the first on, by descriptors: 0 beyond the tensors' ends."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), SUM)
+    total_half = total
+    for k in range(0, depth, BLOCK_K):
+        rows = a.load([first_row, k])
+        total = dot(rows, described_weight(w, expert, k, column, DESCRIBED, BLOCK_K, BLOCK_N), total, PRECISION)
+        if GLU:
+            w_half = described_weight(w, expert, k, half + column, DESCRIBED, BLOCK_K, BLOCK_N)
+            total_half = dot(rows, w_half, total_half, PRECISION)
+    return total, total_half
+
+
+@triton.jit
+def described_weight(w, expert, k, column, DESCRIBED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_K, BLOCK_N] of one expert's weight, which lies in memory as [M, N] ("kn") or as [N, M] ("nk")."""
+    if DESCRIBED == "kn":
+        tile = tl.reshape(w.load([expert, k, column]), (BLOCK_K, BLOCK_N))
+    else:
+        tile = tl.trans(tl.reshape(w.load([expert, column, k]), (BLOCK_N, BLOCK_K)))
+    return tile
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_slots", "num_choices"])
 def _multiply_kernel(
-    a_ptr, a_stride_row, a_stride_k,  # [R, M], or [T, M] to gather from
-    w_ptr, w_stride_e, w_stride_k, w_stride_n,  # [E, M, N], 2N columns when gated
+    a_ptr, a_stride_row, a_stride_k,  # [R, M], or [T, M] to gather from; its descriptor if DESCRIBED
+    w_ptr, w_stride_e, w_stride_k, w_stride_n,  # [E, M, N], 2N columns when gated; its descriptor if DESCRIBED
     bias_ptr, bias_stride_e, bias_stride_n,  # [E, N] or None, 2N when gated
     out_ptr, z_ptr,  # [R, N] and, or None, [R, N] or [R, 2N]: contiguous
     row_choice_ptr,  # [R] to gather, or None
     expert_begin_ptr, expert_count_ptr, num_rows, num_slots, num_choices, N, depth,
     E: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr, CLEAR: tl.constexpr,
-    SUM: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr, DESCRIBED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out = act(a[rows] @ w + bias), z the same before act; CLEAR: and 0 in the rows that nobody uses."""
@@ -79,9 +107,13 @@ def _multiply_kernel(
     if first_row >= served:
         return
 
-    a_rows = source_rows(rows, served, row_choice_ptr, num_choices, K)
-    z, v = product(a_ptr, a_rows, a_stride_row, a_stride_k, w_ptr + expert * w_stride_e, w_stride_k, w_stride_n,
-                   column, N, N, depth, SUM, GLU, BLOCK_K, EVEN_K, PRECISION)  # fmt: skip
+    if DESCRIBED != "":
+        z, v = described_product(a_ptr, w_ptr, expert.to(tl.int32), first_row.to(tl.int32), tile * BLOCK_N, N, depth,
+                                 SUM, GLU, DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)  # fmt: skip
+    else:
+        a_rows = source_rows(rows, served, row_choice_ptr, num_choices, K)
+        z, v = product(a_ptr, a_rows, a_stride_row, a_stride_k, w_ptr + expert * w_stride_e, w_stride_k, w_stride_n,
+                       column, N, N, depth, SUM, GLU, BLOCK_K, EVEN_K, PRECISION)  # fmt: skip
     if bias_ptr is not None:
         bias_ptr += expert * bias_stride_e
     z_left, z_right = halves(z)
@@ -145,15 +177,45 @@ def multiply(
     problem = Problem(form, a.dtype, num_rows // num_experts, columns, depth, precision)
     tile = choose_tile(problem, current_target())
     num_slots = num_rows // tile.block_m + num_experts
+    described = description(a, weight, columns) if tile.described and gather is None else ""
+    operands = describe(a, weight, described, tile) if described else (a, weight)
     _multiply_kernel[(num_slots * triton.cdiv(columns, tile.block_n),)](
-        a, *a.stride(), weight, *weight.stride(), bias, *((0, 0) if bias is None else bias.stride()),
+        operands[0], *a.stride(), operands[1], *weight.stride(), bias, *((0, 0) if bias is None else bias.stride()),
         out, z if save else None, gather, expert_begin, expert_count, num_rows, num_slots,
         a.shape[0] * k, columns, depth,
         E=num_experts, K=k, ACTIVATION=GATED.get(activation, activation), GLU=glu, CLEAR=clear,
-        SUM=sum_dtype(a), PRECISION=precision, EVEN_K=depth % tile.block_k == 0,
+        SUM=sum_dtype(a), PRECISION=precision, EVEN_K=depth % tile.block_k == 0, DESCRIBED=described,
         **tile.launch(),
     )  # fmt: skip
     return out, z
+
+
+def description(a: Tensor, weight: Tensor, half: int) -> str:
+    """How weight [E, M, N] lies in memory, "kn" or "nk", if it and a [R, M] can be described, else "".
+
+    A descriptor wants neighbours in its last dimension, all else at multiples of 16 bytes (the gated half of the
+    columns, from ``half`` on, too), and no empty dimension.
+    """
+
+    def possible(tensor: Tensor) -> bool:
+        *strides, last = tensor.stride()
+        apart = [tensor.data_ptr(), *(stride * tensor.itemsize for stride in strides)]
+        return tensor.numel() > 0 and last == 1 and min(strides) > 0 and not any(place % 16 for place in apart)
+
+    if not possible(a) or half * weight.itemsize % 16:
+        return ""
+    return "kn" if possible(weight) else "nk" if possible(weight.transpose(1, 2)) else ""
+
+
+def describe(a: Tensor, weight: Tensor, described: str, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor]:
+    if described == "kn":
+        blocks = [1, tile.block_k, tile.block_n]
+    else:
+        weight, blocks = weight.transpose(1, 2), [1, tile.block_n, tile.block_k]
+    return (
+        TensorDescriptor.from_tensor(a, [tile.block_m, tile.block_k]),
+        TensorDescriptor.from_tensor(weight, blocks),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- weight gradient

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import sys
+import unittest.mock
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from widenet_kernels.routing import GATED
 from widenet_kernels.triton.binaries import TARGETS, Binary, compiling, read
+from widenet_kernels.triton.tiles import Problem, Tile, choose_tile, current_target
 
 # ------------------------------------------------------------------------------------------------------------- cases
 
@@ -55,12 +57,11 @@ FUSED_CASES = (  # of moe_ffn alone
     FINE,
     WIDENET._replace(dtype=FP16),
     WIDENET._replace(dtype=FP32, tf32=True),
-    MIXTRAL._replace(dtype=FP32, tf32=True),
     # decoding: a few rows an expert
     WIDENET._replace(T=16, C=10),
     MIXTRAL._replace(T=16),
-    MIXTRAL._replace(T=128),
 )
+TMA_TARGETS = ("sm_90", "sm_100", "sm_120")  # with an engine that copies what a tensor descriptor describes
 ROUTERS = ((WIDENET.E, WIDENET.K), (FINE.E, FINE.K), (1024, 16))
 
 
@@ -111,6 +112,20 @@ def fused(case: Case) -> None:
     moe.moe_ffn_backward_accumulate(*saved, True, True, *buffers)
 
 
+def described(case: Case) -> None:
+    """Launch the products that gather nothing in their second form, by tensor descriptors."""
+    from widenet_kernels.triton import grouped_gemm
+
+    def choose(problem: Problem, target: str) -> Tile:
+        return choose_tile(problem, target)._replace(described=True)
+
+    t = Tensors(case)
+    with unittest.mock.patch.object(grouped_gemm, "choose_tile", choose):
+        grouped_gemm.grouped_gemm(t.rows, t.w1, t.b1, *t.places, case.activation, True)
+        grouped_gemm.grouped_gemm(t.hidden, t.w2, t.b2, *t.places, "", False)
+        grouped_gemm.grouped_gemm_backward(t.z, t.rows, t.w1, t.z, *t.places, "", True, False, False)
+
+
 def router(num_experts: int, k: int, dtype: torch.dtype, num_tokens: int = 50432, dim: int = 768) -> None:
     """Launch gate, plan and route, forward and backward."""
     from widenet_kernels.triton import gate, plan, route
@@ -146,6 +161,9 @@ def launch_all() -> None:
             fused(case)
             if case in CASES:
                 stages(case)
+        if current_target() in TMA_TARGETS:
+            for case in (WIDENET, MIXTRAL):
+                described(case)
         for num_experts, k in ROUTERS:
             router(num_experts, k, BF16)
         for dtype in (FP32, FP64):

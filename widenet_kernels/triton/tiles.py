@@ -98,9 +98,11 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     group: int = 8  # row tiles that go through the columns together
+    described: bool = False  # operands by tensor descriptors (TMA), where nothing is gathered and the strides allow it
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages} g{self.group}"
+        blocks = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages} g{self.group}"
+        return blocks + (" described" if self.described else "")
 
     def launch(self) -> dict[str, int]:
         """As keywords of a kernel."""
@@ -134,7 +136,7 @@ FORMS = ("rows", "glu", "hidden", "weight", "weight_gathered")
 _HALF = {
     "sm_80": {
         "rows": Tile(128, 128, 32, 8, 4),
-        "glu": Tile(128, 64, 32, 8, 4),
+        "glu": Tile(128, 64, 32, 8, 3),
         "hidden": Tile(128, 64, 32, 8, 4),
         "weight": Tile(128, 128, 32, 8, 4),
         "weight_gathered": Tile(128, 128, 32, 8, 7),
@@ -162,7 +164,7 @@ _HALF = {
     },
 }
 _TF32 = Tile(128, 64, 32, 8, 3)
-_PLAIN = {32: Tile(64, 64, 16, 8, 2), 64: Tile(64, 32, 16, 4, 2)}  # no tensor cores: fp32 in full, fp64
+_PLAIN = {32: Tile(64, 64, 32, 4, 2), 64: Tile(64, 32, 16, 4, 2)}  # no tensor cores: fp32 in full, fp64
 
 
 def family(target: str) -> str:
