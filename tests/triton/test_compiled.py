@@ -55,7 +55,8 @@ class TestBinaries:
 
     def test_described_operands_come_by_the_copy_engine(self, binaries, target):
         described = [binary for binary in binaries[target] if binary.constants.get("DESCRIBED")]
-        assert {b.constants["DESCRIBED"] for b in described} == ({"kn", "nk"} if target in report.TMA_TARGETS else set())
+        forms = {"kn", "nk"} if target in report.TMA_TARGETS else set()
+        assert {binary.constants["DESCRIBED"] for binary in described} == forms
         assert all(binary.copies and set(binary.copies) == {128} for binary in described)
 
     def test_shrunk_tiles_were_compiled(self, binaries, target):

@@ -13,6 +13,7 @@ from widenet_kernels.triton.tiles import choose_tile  # noqa: E402
 
 pytestmark = pytest.mark.interpreted
 
+
 @pytest.fixture
 def noted(monkeypatch):
     """Every tile described; the list of how the operands of each product were."""

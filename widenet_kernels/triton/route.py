@@ -228,7 +228,8 @@ def _router_weight_gradient(grad: Tensor, asked: Tensor, x: Tensor, out: Tensor)
         part_size = triton.cdiv(triton.cdiv(num_tokens, parts), block_t) * block_t
         _router_weight_gradient_kernel[(parts * tiles,)](
             grad, asked, *with_strides(x), partial, num_tokens, part_size, dim,
-            E=num_experts, SUM=sum_dtype(grad), BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_D=block_d, num_warps=8 if grad.itemsize == 8 else 4,
+            E=num_experts, SUM=sum_dtype(grad), BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_D=block_d,
+            num_warps=8 if grad.itemsize == 8 else 4,
         )  # fmt: skip
     _sum_parts_kernel[(triton.cdiv(out.numel(), 64),)](
         partial, out, parts, out.numel(), PARTS=MOST_PARTS, BLOCK=64, num_warps=4
