@@ -46,20 +46,28 @@ CANDIDATES = {
         Tile(128, 64, 64, 4, 4),
         Tile(64, 128, 64, 4, 4),
     ),
-    "weight": (
+    "weight_gathered": (
         Tile(128, 256, 64, 8, 3),
-        Tile(128, 256, 64, 8, 4),
-        Tile(128, 256, 64, 8, 3, 16),
-        Tile(128, 256, 64, 8, 3, 4),
+        Tile(128, 256, 64, 8, 5),
+        Tile(128, 256, 64, 8, 5, 16),
+        Tile(128, 256, 64, 8, 5, 4),
         Tile(256, 128, 64, 8, 3),
-        Tile(256, 128, 64, 8, 4),
-        Tile(128, 256, 32, 8, 4),
-        Tile(128, 128, 64, 8, 4),
-        Tile(128, 128, 64, 4, 4),
+        Tile(256, 128, 64, 8, 5),
+        Tile(128, 256, 32, 8, 7),
+        Tile(128, 128, 64, 8, 7),
+        Tile(128, 128, 64, 4, 5),
         Tile(128, 128, 128, 8, 3),
     ),
 }
-TINY = (Tile(16, 16, 16, 4, 1), Tile(32, 16, 16, 4, 1, 2))
+DESCRIBED = (  # more of form "rows", where nothing is gathered
+    Tile(128, 256, 64, 8, 3, described=True),
+    Tile(128, 256, 64, 8, 4, described=True),
+    Tile(128, 256, 64, 8, 4, 16, described=True),
+    Tile(256, 128, 64, 8, 4, described=True),
+    Tile(128, 128, 64, 4, 4, described=True),
+    Tile(128, 128, 128, 8, 3, described=True),
+)
+TINY = (Tile(16, 16, 16, 4, 1), Tile(32, 16, 16, 4, 1, 2), Tile(32, 32, 16, 4, 1, described=True))
 
 _override: dict[str, Tile] = {}  # form -> the tile to take
 _chosen: dict[str, Tile] = {}  # form -> the tile taken last
@@ -146,7 +154,7 @@ def sweep(bench: Bench, name: str, case: Case, product: str, form: str, gated: b
     call = getattr(products, product)()
 
     def compared(result: Any) -> list[Tensor]:  # rows that nobody uses stay unwritten
-        return [t if form == "weight" else t[products.served] for t in tensors(result) if t.numel()]
+        return [t if form == "weight_gathered" else t[products.served] for t in tensors(result) if t.numel()]
 
     truth = [t.clone() for t in compared(call())]
     default = _chosen[form]
@@ -171,19 +179,20 @@ def sections(shrink: Callable[[Case], Case], tiny: bool) -> dict[str, Callable[[
         (WIDENET_B, "first", "rows", False),
         (WIDENET_B, "second", "rows", False),
         (WIDENET_B, "hidden", "hidden", False),
-        (WIDENET_B, "weight_1", "weight", False),
-        (WIDENET_B, "weight_2", "weight", False),
+        (WIDENET_B, "weight_1", "weight_gathered", False),
+        (WIDENET_B, "weight_2", "weight_gathered", False),
         (WIDENET_B, "grad_rows", "rows", False),
         (MIXTRAL, "first", "glu", True),
         (MIXTRAL, "second", "rows", False),
         (MIXTRAL, "hidden", "hidden", False),
-        (MIXTRAL, "weight_1", "weight", True),
+        (MIXTRAL, "weight_1", "weight_gathered", True),
         (FINE_GRAINED, "first", "glu", True),
     )
     made = {}
     for case, product, form, gated in wanted:
         name = f"{case.name} {product} ({form})"
-        chosen = TINY if tiny else CANDIDATES[form]
+        chosen = CANDIDATES[form] + (DESCRIBED if product in ("second", "grad_rows") else ())
+        chosen = TINY if tiny else chosen
         made[name] = section(name, shrink(case), product, form, gated, chosen)
     return made
 

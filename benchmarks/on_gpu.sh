@@ -15,7 +15,7 @@
 #   install-pure    15  only if that failed: without compiled kernels
 #   smoke           50  every op forward and backward against float64
 #   timings        120  the layer and its stages against copies, dense products and torch's own
-#   tests          115  pytest -m gpu, the contract of tests/conformance first
+#   tests          115  pytest -m gpu, file by file, the contract of tests/conformance first
 #   sweeps          70  tile sizes for every form of GEMM
 #   memcheck        40  compute-sanitizer over a small set
 #   racecheck       20  the same for races, if memcheck could run
@@ -108,10 +108,7 @@ run_tests() {
     absent tests 115
     return
   fi
-  local options=(-v --tb=short -p no:cacheprovider --continue-on-collection-errors)
-  if "$python" -c 'import xdist' 2>/dev/null; then options+=(-n 8); fi
-  # -P: what was installed is tested, not the checkout's folder
-  stage tests 115 tests.log "$python" -P -m pytest tests/conformance tests -m gpu "${options[@]}"
+  stage tests 115 tests.log "$python" benchmarks/gpu_tests.py
 }
 
 sanitize() {
