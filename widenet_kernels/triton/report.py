@@ -58,7 +58,7 @@ FUSED_CASES = (  # of moe_ffn alone
     WIDENET._replace(dtype=FP16),
     WIDENET._replace(dtype=FP32, tf32=True),
     # decoding: a few rows an expert
-    WIDENET._replace(T=16, C=10),
+    WIDENET._replace(T=64, C=30),
     MIXTRAL._replace(T=16),
 )
 TMA_TARGETS = ("sm_90", "sm_100", "sm_120")  # with an engine that copies what a tensor descriptor describes
