@@ -4,10 +4,12 @@ The launchers themselves run, on tensors of device "meta": so tiles, constants a
 those of a real launch. Nothing is executed.
 """
 
+import bisect
 import dataclasses
-import functools
+import itertools
 import pathlib
 import re
+import struct
 import subprocess
 import tempfile
 import unittest.mock
@@ -89,6 +91,10 @@ class _Driver:
         return torch.device("meta")
 
 
+def _plain(constant: Any) -> Any:
+    return constant if isinstance(constant, int | str | None) else str(constant)
+
+
 @contextmanager
 def compiling(target: str, wanted: Callable[[str], bool] = lambda kernel: True) -> Iterator[list[tuple]]:
     """Inside, a launch compiles for ``target`` and is noted, once for each binary: (kernel, constants, grid, compiled).
@@ -104,7 +110,7 @@ def compiling(target: str, wanted: Callable[[str], bool] = lambda kernel: True) 
         names = self.signature.parameters
         bound = self.signature.bind(*args, **{name: value for name, value in kwargs.items() if name in names})
         bound.apply_defaults()
-        constants = {param.name: bound.arguments[param.name] for param in self.params if param.is_constexpr}
+        constants = {p.name: _plain(bound.arguments[p.name]) for p in self.params if p.is_constexpr}
         size = grid(bound.arguments) if callable(grid) else grid
         try:
             compiled = compile_and_run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -128,38 +134,30 @@ def compiling(target: str, wanted: Callable[[str], bool] = lambda kernel: True) 
 # ------------------------------------------------------------------------------------------------ what is in a binary
 
 
-def read(target: str, kernel: str, constants: dict[str, Any], grid: tuple[int, ...], compiled: Any) -> Binary:
-    plain = {name: value if isinstance(value, int | str | None) else str(value) for name, value in constants.items()}
-    if isinstance(compiled, Exception):
-        return Binary(target, kernel, plain, grid, error=str(compiled))
+def read(target: str, launches: list[tuple]) -> list[Binary]:
+    """What was noted while compiling for ``target``, read; last what did not compile."""
+    failed = [launch for launch in launches if isinstance(launch[3], Exception)]
+    compiled = [launch for launch in launches if not isinstance(launch[3], Exception)]
     of_target = _read_nvidia if TARGETS[target].gpu.backend == "cuda" else _read_amd
-    kinds = re.findall(r"^(?:\*|tensordesc<)(\w+)", "\n".join(map(str, compiled.src.signature.values())), re.MULTILINE)
-    return Binary(
-        target,
-        kernel,
-        plain,
-        grid,
-        tuple(kinds),
-        shared=compiled.metadata.shared,
-        ttir=compiled.asm["ttir"],
-        **of_target(compiled),
-    )
+    found = of_target(target, [launch[3] for launch in compiled])
+    binaries = [_binary(target, launch, values) for launch, values in zip(compiled, found, strict=True)]
+    return binaries + [Binary(target, *launch[:3], error=str(launch[3])) for launch in failed]
 
 
-@functools.cache
-def _cuobjdump() -> str:
-    """The one that comes with Triton."""
-    return str(pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+def _binary(target: str, launch: tuple, found: dict[str, Any]) -> Binary:
+    kernel, constants, grid, compiled = launch
+    signature = "\n".join(map(str, compiled.src.signature.values()))
+    types = tuple(re.findall(r"^(?:\*|tensordesc<)(\w+)", signature, re.MULTILINE))
+    shared, ttir = compiled.metadata.shared, compiled.asm["ttir"]
+    return Binary(target, kernel, constants, grid, types, shared=shared, ttir=ttir, **found)
 
 
-def _read_nvidia(compiled: Any) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [_cuobjdump(), "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    opcodes = Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE))
+def _read_nvidia(target: str, kernels: list[Any]) -> list[dict[str, Any]]:
+    opcodes = _disassembled(target, [_machine_code(kernel.asm["cubin"]) for kernel in kernels])
+    return [_nvidia(_resources(kernel.asm["cubin"]), found) for kernel, found in zip(kernels, opcodes, strict=True)]
+
+
+def _nvidia(usage: dict[str, int], opcodes: Counter[str]) -> dict[str, Any]:
     local = sum(n for opcode, n in opcodes.items() if opcode.partition(".")[0] in ("LDL", "STL"))
     return {
         "registers": usage["REG"],
@@ -171,6 +169,42 @@ def _read_nvidia(compiled: Any) -> dict[str, Any]:
     }
 
 
+def _said(tool: str, *options: str, image: bytes) -> str:
+    """What one of the tools that come with Triton prints about a file."""
+    path = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(image)
+        file.flush()
+        return subprocess.run([path, *options, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    usage = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _said("cuobjdump", "-res-usage", image=cubin))
+    return {name: int(value) for name, value in usage}
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The sections of code of an ELF file of 64 bits."""
+    (table,), (size, number, of_names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<I20xQQ", cubin, table + i * size) for i in range(number)]  # name, offset, bytes
+    names = headers[of_names][1]
+    return b"".join(
+        cubin[begin : begin + length] for name, begin, length in headers if cubin.startswith(b".text.", names + name)
+    )
+
+
+def _disassembled(target: str, codes: list[bytes]) -> list[Counter[str]]:
+    """The instructions of each piece of code. All are one image: what takes the disassembler time is to start."""
+    machine = target.replace("_", "").upper() + ("a" if int(target[3:]) >= 90 else "")
+    text = _said("nvdisasm", "--binary", machine, image=b"".join(codes)) if codes else ""
+    ends = list(itertools.accumulate(map(len, codes)))
+    opcodes: list[Counter[str]] = [Counter() for _ in codes]
+    line = r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
+    for address, opcode in re.findall(line, text, re.MULTILINE):
+        opcodes[bisect.bisect_right(ends, int(address, 16))][opcode] += 1
+    return opcodes
+
+
 def _nvidia_width(opcode: str) -> int:
     parts = opcode.split(".")
     if parts[0].startswith("UTMA"):  # a tile by the copy engine
@@ -179,8 +213,11 @@ def _nvidia_width(opcode: str) -> int:
     return next((widths[part] for part in parts if part in widths), 32)
 
 
-def _read_amd(compiled: Any) -> dict[str, Any]:
-    text = compiled.asm["amdgcn"]
+def _read_amd(target: str, kernels: list[Any]) -> list[dict[str, Any]]:
+    return [_amd(kernel.asm["amdgcn"]) for kernel in kernels]
+
+
+def _amd(text: str) -> dict[str, Any]:
     number = {name: int(value) for name, value in re.findall(r"^\s+(?:- )?\.(\w+): +(\d+)$", text, re.MULTILINE)}
     opcodes = Counter(re.findall(r"^\s+((?:v_mfma|global_|buffer_|flat_|scratch_)\w+)", text, re.MULTILINE))
     return {

@@ -176,7 +176,7 @@ def compile_all(target: str, kernel: str = "") -> list[Binary]:
     """What all launches compile to on a target, of the kernels with ``kernel`` in their name."""
     with compiling(target, lambda name: kernel in name) as launches:
         launch_all()
-    return [read(target, *launch) for launch in launches]
+    return read(target, launches)
 
 
 def compile_for(targets: list[str], kernel: str = "") -> Iterator[list[Binary]]:

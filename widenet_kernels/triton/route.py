@@ -219,7 +219,7 @@ def route_backward(
 def _router_weight_gradient(grad: Tensor, asked: Tensor, x: Tensor, out: Tensor) -> None:
     """out [E, D] = grad^T @ x, in parts of at least 256 tokens and about as many programs as a GPU holds."""
     (num_tokens, dim), (num_experts, _) = x.shape, out.shape
-    block_t, block_d = 16, 512 // grad.itemsize
+    block_t, block_d = 16, 128 if grad.itemsize == 4 else 32
     block_e = min(32, triton.next_power_of_2(num_experts))
     tiles = triton.cdiv(num_experts, block_e) * triton.cdiv(dim, block_d)
     parts = min(MOST_PARTS, triton.cdiv(num_tokens, 256), max(1, 1024 // tiles))
@@ -228,8 +228,7 @@ def _router_weight_gradient(grad: Tensor, asked: Tensor, x: Tensor, out: Tensor)
         part_size = triton.cdiv(triton.cdiv(num_tokens, parts), block_t) * block_t
         _router_weight_gradient_kernel[(parts * tiles,)](
             grad, asked, *with_strides(x), partial, num_tokens, part_size, dim,
-            E=num_experts, SUM=sum_dtype(grad), BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_D=block_d,
-            num_warps=8 if grad.itemsize == 8 else 4,
+            E=num_experts, SUM=sum_dtype(grad), BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     _sum_parts_kernel[(triton.cdiv(out.numel(), 64),)](
         partial, out, parts, out.numel(), PARTS=MOST_PARTS, BLOCK=64, num_warps=4
