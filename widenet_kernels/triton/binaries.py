@@ -141,7 +141,7 @@ def read(target: str, launches: list[tuple]) -> list[Binary]:
     of_target = _read_nvidia if TARGETS[target].gpu.backend == "cuda" else _read_amd
     found = of_target(target, [launch[3] for launch in compiled])
     binaries = [_binary(target, launch, values) for launch, values in zip(compiled, found, strict=True)]
-    return binaries + [Binary(target, *launch[:3], error=str(launch[3])) for launch in failed]
+    return binaries + [Binary(target, kernel, constants, grid, error=str(e)) for kernel, constants, grid, e in failed]
 
 
 def _binary(target: str, launch: tuple, found: dict[str, Any]) -> Binary:
