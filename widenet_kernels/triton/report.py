@@ -55,7 +55,7 @@ CASES = (
 )
 FUSED_CASES = (  # of moe_ffn alone
     FINE,
-    WIDENET._replace(dtype=FP16),
+    MIXTRAL._replace(dtype=FP16),
     WIDENET._replace(dtype=FP32, tf32=True),
     # decoding: a few rows an expert
     WIDENET._replace(T=64, C=30),
@@ -127,8 +127,8 @@ def described(case: Case) -> None:
 
 
 def router(num_experts: int, k: int, dtype: torch.dtype, num_tokens: int = 50432, dim: int = 768) -> None:
-    """Launch gate, plan and route, forward and backward."""
-    from widenet_kernels.triton import gate, plan, route
+    """Launch gate and route, forward and backward; route ends with a plan."""
+    from widenet_kernels.triton import gate, route
 
     math_dtype = torch.promote_types(dtype, FP32)
 
@@ -144,13 +144,20 @@ def router(num_experts: int, k: int, dtype: torch.dtype, num_tokens: int = 50432
     gate.topk_gate(logits, k, noise, True)
     gate.topk_gate_backward(weight, probs, weight, index, probs, False)
     gate.topk_gate_backward(weight, None, weight, index, probs, True)
-    capacity = num_tokens * k // num_experts
-    for priority in ("choice", "token", "score"):
-        plan.plan_routing(index, num_experts, capacity, priority, weight[:, 0] if priority == "score" else None)
-    plan.plan_routing(index.to(torch.int64), num_experts, None, "choice", None)
-    route.route(x, router_weight, k, capacity, None, False, "choice", None)
+    route.route(x, router_weight, k, num_tokens * k // num_experts, None, False, "choice", None)
     route.route(x, router_weight, k, None, noise, True, "choice", mask)
     route.route_backward(weight, probs, None, x, router_weight, weight, index, probs, False, True, True)
+
+
+def plans(num_experts: int, k: int, num_tokens: int = 50432) -> None:
+    """Launch plans of every priority, and of another type of index."""
+    from widenet_kernels.triton import plan
+
+    index = torch.empty(num_tokens, k, dtype=torch.int32, device="meta")
+    score, capacity = torch.empty(num_tokens, device="meta"), num_tokens * k // num_experts
+    for priority in ("choice", "token", "score"):
+        plan.plan_routing(index, num_experts, capacity, priority, score if priority == "score" else None)
+    plan.plan_routing(index.to(torch.int64), num_experts, None, "choice", None)
 
 
 def launch_all() -> None:
@@ -164,6 +171,7 @@ def launch_all() -> None:
         if current_target() in TMA_TARGETS:
             for case in (WIDENET, MIXTRAL):
                 described(case)
+        plans(WIDENET.E, WIDENET.K)
         for num_experts, k in ROUTERS:
             router(num_experts, k, BF16)
         for dtype in (FP32, FP64):

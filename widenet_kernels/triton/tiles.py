@@ -195,7 +195,7 @@ def _shrunk(tile: Tile, problem: Problem) -> Tile:
         block_m //= 2
     while block_n > 32 and block_n >= 2 * problem.n:
         block_n //= 2
-    smaller = block_m * block_n < tile.block_m * tile.block_n // 2
+    smaller = block_m * block_n < tile.block_m * tile.block_n // 4
     return tile._replace(block_m=block_m, block_n=block_n, num_warps=4 if smaller else tile.num_warps)
 
 
