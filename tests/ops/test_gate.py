@@ -42,6 +42,17 @@ def test_forward(shape, dtype, noisy, normalize, device, backend):
         assert_as_good_as(gate.probs.cpu(), plain_probs.cpu(), probs, "probs")
 
 
+@pytest.mark.parametrize("num_experts", [1500, 4096])
+def test_very_many_experts(num_experts, device, backend):
+    logits = inputs.normal(3, num_experts, seed=8, device=device)
+    gate = wk.topk_gate(logits, 20, normalize=True, backend=backend)
+    weight, index, probs = oracle.topk_gate(logits.cpu(), 20, None, True)
+    assert_same_bits(gate.expert_index.cpu(), index)
+    plain_weight, plain_probs = eager.topk_gate(logits, gate.expert_index, None, True)
+    assert_as_good_as(gate.weight.cpu(), plain_weight.cpu(), weight, "weight")
+    assert_as_good_as(gate.probs.cpu(), plain_probs.cpu(), probs, "probs")
+
+
 def assert_gradient(shape, dtype, pick, normalize, device, backend):
     """``pick(weight, probs)`` is the tensor that the gradient comes through."""
     logits = inputs.make_logits(shape, dtype=dtype, device=device)

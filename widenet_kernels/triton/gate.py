@@ -33,7 +33,7 @@ def store_rows(ptr, rows, token, num_tokens, WIDTH: tl.constexpr):
 @triton.jit
 def row_sum(tile):
     """[BLOCK_T, width] -> [BLOCK_T, 1], added in pairs: an order that does not depend on which thread holds what."""
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(16):
         if tile.shape[1] > 1:
             tile = tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 2, 2)), axis=2)
     return tile
