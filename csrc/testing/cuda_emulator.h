@@ -331,6 +331,20 @@ unsigned __match_any_sync(unsigned mask, T value, WIDENET_SITE) {
   return equal;
 }
 
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+inline float __bfloat162float(__nv_bfloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return {static_cast<uint16_t>(x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+struct __half {
+  _Float16 value;
+};
+inline float __half2float(__half x) { return x.value; }
+inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
+
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __ffs(int bits) { return bits ? std::countr_zero(static_cast<unsigned>(bits)) + 1 : 0; }
 template <class T>

@@ -1,14 +1,16 @@
 // Every raw kernel of csrc/cpu as a function on NumPy arrays, for the tests; never part of the wheel.
 //
-// level= names the vector instructions, "" the best ones. The work is cut as finely as the threads allow, whatever its
-// size.
+// level= names the vector instructions, "" the best ones; "cuda" is the kernel of csrc/cuda under the emulator. The
+// work is cut as finely as the threads allow, whatever its size.
 #include <algorithm>
 #include <limits>
 #include <tuple>
 
 #include "../cpu/parallel.h"
 #include "../cpu/plan.h"
+#include "../cuda/kernels.h"
 #include "arrays.h"
+#include "cuda_emulator.h"
 #include "parallel.h"
 
 namespace widenet {
@@ -24,6 +26,20 @@ const Kernels& kernels_of(const std::string& level) {
 template <class Args>
 void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t size) {
   parallel_for(size, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+template <class Args>
+using CpuKernel = void (*Kernels::*)(const Args&, int64_t, int64_t);
+template <class Args>
+using CudaKernel = void (*)(const Args&, int64_t, cudaStream_t);
+
+template <class Args>
+void run(const std::string& level, CpuKernel<Args> on_cpu, CudaKernel<Args> on_gpu, const Args& args, int64_t size) {
+  if (level == "cuda") {
+    on_gpu(args, size, nullptr);
+  } else {
+    run(kernels_of(level).*on_cpu, args, size);
+  }
 }
 
 Activation activation_of(const std::string& name) {
@@ -65,7 +81,7 @@ auto gate(const array& logits, int64_t k, const Optional& noise, const Optional&
                       weight.data(),
                       index.data<int32_t>(),
                       probs.data()};
-  run(kernels_of(level).gate, args, shape[0]);
+  run(level, &Kernels::gate, &cuda::gate, args, shape[0]);
   return std::tuple(weight.result, index.result, probs.result);
 }
 
@@ -87,7 +103,7 @@ auto gate_backward(const Optional& grad_weight, const Optional& grad_probs, cons
                               chosen[1],
                               normalize,
                               grad.data()};
-  run(kernels_of(level).gate_backward, args, shape[0]);
+  run(level, &Kernels::gate_backward, &cuda::gate_backward, args, shape[0]);
   return grad.result;
 }
 
@@ -186,7 +202,7 @@ auto permute(const array& x, const array& row_choice, int64_t k, const std::stri
                          k,
                          shape[1] * x.itemsize(),
                          rows.data()};
-  run(kernels_of(level).permute, args, num_rows[0]);
+  run(level, &Kernels::permute, &cuda::permute, args, num_rows[0]);
   return rows.result;
 }
 
@@ -211,7 +227,7 @@ auto combine(const array& rows, const Optional& weight, const array& choice_row,
                          choices[1],
                          shape[1],
                          y.data()};
-  run(kernels_of(level).combine, args, choices[0]);
+  run(level, &Kernels::combine, &cuda::combine, args, choices[0]);
   return y.result;
 }
 
@@ -235,7 +251,7 @@ auto combine_backward(const array& grad, const array& rows, const array& weight,
                                  shape[1],
                                  grad_rows.data(),
                                  grad_weight.data()};
-  run(kernels_of(level).combine_backward, args, shape[0]);
+  run(level, &Kernels::combine_backward, &cuda::combine_backward, args, shape[0]);
   return std::tuple(grad_rows.result, grad_weight.result);
 }
 
@@ -350,6 +366,7 @@ PYBIND11_MODULE(_numpy_kernels, m) {
     return names;
   });
   m.def("num_threads", &num_threads);
+  m.def("set_emulator_seed", [](uint64_t seed) { emulator::seed = seed; });
   m.def("set_num_threads", [](int64_t count) {
     require(1 <= count && count <= 256, "count", "1 to 256");
     set_num_threads(count);

@@ -1,0 +1,60 @@
+"""The CUDA kernels under the emulator: the tests of the CPU kernels again, in several orders of threads and blocks."""
+
+import pytest
+import test_numpy_kernels as shared
+import torch
+from native import DTYPES, Kernels, math_dtype
+
+from widenet_kernels.testing import inputs
+from widenet_kernels.testing.numerics import assert_same_bits
+
+SEEDS = (0, 1)  # 0: threads and blocks in order
+
+
+@pytest.fixture(params=SEEDS, ids=lambda seed: f"seed{seed}")
+def kernels(request, module):
+    module.set_emulator_seed(request.param)
+    yield Kernels(module, "cuda")
+    module.set_emulator_seed(0)
+
+
+@shared.of_dtype
+@shared.of_shape_and_math
+def test_combine(kernels, shape, dtype, wide):
+    shared.test_combine(kernels, shape, dtype, False, wide)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 3, 8, 9, 33, 200, 257, 600, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gate_shares_a_token_among_lanes(kernels, dtype, num_experts):
+    """Every way in which lanes and experts meet: ranks as the CPU's, ties and NaN included."""
+    logits = inputs.normal(19, num_experts, seed=3, dtype=dtype).mul(4).round().div(4)
+    logits[3, ::2] = float("nan")
+    logits[4] = float("nan")
+    logits[5] = -float("inf")
+    k = min(16, num_experts)
+    ours, cpu = kernels.gate(logits, k), Kernels(kernels.module, "baseline").gate(logits, k)
+    assert_same_bits(ours[1], cpu[1])
+    bound = {torch.float32: 1e-6, torch.float64: 1e-14}[dtype]  # a few roundings of exp and of a sum in another order
+    for out, expected in ((ours[0], cpu[0]), (ours[2], cpu[2])):
+        torch.testing.assert_close(out, expected, rtol=bound, atol=bound, equal_nan=True)
+
+
+def test_too_many_experts(kernels):
+    with pytest.raises(ValueError, match=r"topk_gate: expected at most 1,024 experts, got 1025"):
+        kernels.gate(torch.zeros(2, 1025), 2)
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "odd"])
+@pytest.mark.parametrize("dim", [8, 7, 64, 600])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accesses_of_every_width(kernels, dtype, dim, offset):
+    """Rows that begin at multiples of 16 bytes and rows that do not; the ends are the sanitizers'."""
+    plan = inputs.make_plan(inputs.ORDINARY)
+    num_tokens, k = plan.choice_row.shape
+    x = inputs.normal(num_tokens * dim + offset, seed=1, dtype=dtype)[offset:].view(num_tokens, dim)
+    rows = kernels.permute(x, plan.row_choice, k)
+    assert_same_bits(rows, Kernels(kernels.module, "baseline").permute(x, plan.row_choice, k))
+    weight = inputs.normal(num_tokens, k, seed=2, dtype=math_dtype(dtype))
+    expected = Kernels(kernels.module, "baseline").combine(rows, weight, plan.choice_row)
+    torch.testing.assert_close(kernels.combine(rows, weight, plan.choice_row), expected)
