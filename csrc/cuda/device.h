@@ -18,24 +18,35 @@
 
 namespace widenet::cuda {
 
+#ifdef __CUDACC__
+// The block's shared memory, as large as its launch asked for.
+template <class T>
+__device__ T* shared_memory() {
+  extern __shared__ __align__(16) char shared[];
+  return reinterpret_cast<T*>(shared);
+}
+#endif
+
 constexpr unsigned kThreads = 256, kLanes = 32, kWarps = kThreads / kLanes, kAllLanes = ~0u;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Starts a kernel of kThreads threads a block on the stream; ``name`` is the op's, for the error.
 template <class... Params, class... Args>
-void launch(const char* name, void (*kernel)(Params...), int64_t blocks, cudaStream_t stream, Args... args) {
+void launch(const char* name, void (*kernel)(Params...), int64_t blocks, size_t shared_bytes, cudaStream_t stream,
+            Args... args) {
   if (!blocks) return;
 #ifdef __CUDACC__
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
   if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 #else
   static_cast<void>(stream);
-  emulator::launch(name, kernel, {static_cast<unsigned>(blocks)}, {kThreads}, 0, args...);
+  emulator::launch(name, kernel, {static_cast<unsigned>(blocks)}, {kThreads}, shared_bytes, args...);
 #endif
 }
 

@@ -191,7 +191,7 @@ void gate(const GateArgs& args, int64_t num_tokens, cudaStream_t stream) {
   dispatch(args.type, [&](auto type) {
     using T = decltype(type);
     share_out(args.num_experts, [&](auto lanes, auto experts) {
-      launch("topk_gate", gate_kernel<T, math_t<T>, lanes(), experts()>, divide_up(num_tokens * lanes(), kThreads),
+      launch("topk_gate", gate_kernel<T, math_t<T>, lanes(), experts()>, divide_up(num_tokens * lanes(), kThreads), 0,
              stream, args, num_tokens);
     });
   });
@@ -201,7 +201,7 @@ void gate_backward(const GateBackwardArgs& args, int64_t num_tokens, cudaStream_
   share_out(args.num_experts, [&](auto lanes, auto experts) {
     const auto kernel = args.type == DType::f64 ? gate_backward_kernel<double, lanes(), experts()>
                                                 : gate_backward_kernel<float, lanes(), experts()>;
-    launch("topk_gate_backward", kernel, divide_up(num_tokens * lanes(), kThreads), stream, args, num_tokens);
+    launch("topk_gate_backward", kernel, divide_up(num_tokens * lanes(), kThreads), 0, stream, args, num_tokens);
   });
 }
 

@@ -33,7 +33,7 @@ void permute(const PermuteArgs& args, int64_t num_rows, cudaStream_t stream) {
                       : fits<uint32_t>(args)        ? permute_kernel<uint32_t>
                       : fits<uint16_t>(args)        ? permute_kernel<uint16_t>
                                                     : permute_kernel<uint8_t>;
-  launch("permute", kernel, divide_up(num_rows, kWarps), stream, args, num_rows);
+  launch("permute", kernel, divide_up(num_rows, kWarps), 0, stream, args, num_rows);
 }
 
 }  // namespace widenet::cuda

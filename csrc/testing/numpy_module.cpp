@@ -153,15 +153,18 @@ auto route_backward(const array& grad, const array& x, const array& router_weigh
   return out.result;
 }
 
+// ``order``: the tokens as the score takes them, which the CUDA kernels ask for in its place.
 auto plan(const array& expert_index, int64_t num_experts, std::optional<int64_t> capacity, const std::string& priority,
-          const Optional& score) {
+          const Optional& score, const Optional& order, const std::string& level) {
   const Shape shape = shape_of("expert_index", expert_index, 2);
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   require(shape[0] <= most && shape[1] <= most && shape[0] * shape[1] <= most, "expert_index", "T K below 2**31");
   require(1 <= num_experts && num_experts <= most, "num_experts", "1 to 2**31 - 1");
   require(!capacity || (0 <= *capacity && *capacity <= most / num_experts), "capacity", "0 or more, E C below 2**31");
   require(priority == "choice" || priority == "token" || priority == "score", "priority", "choice, token or score");
-  require((priority == "score") == score.has_value(), "score", "an array if and only if priority is 'score'");
+  const bool on_gpu = level == "cuda";
+  require((priority == "score") == (on_gpu ? order : score).has_value(), on_gpu ? "order" : "score",
+          "an array if and only if priority is 'score'");
   Output choice_row = integers(shape),
          row_choice = integers({capacity ? num_experts * *capacity : shape[0] * shape[1]}),
          begin = integers({num_experts}), count = integers({num_experts}), demand = integers({num_experts});
@@ -187,7 +190,13 @@ auto plan(const array& expert_index, int64_t num_experts, std::optional<int64_t>
   args.expert_begin = begin.data<int32_t>();
   args.expert_count = count.data<int32_t>();
   args.expert_demand = demand.data<int32_t>();
-  plan_routing(args);
+  if (on_gpu) {
+    std::vector<int32_t> part_demand(cuda::plan_parts(args.num_tokens * args.k) * num_experts);
+    const void* tokens = input("order", order, py::dtype::of<int64_t>(), {shape[0]});
+    cuda::plan_routing(args, static_cast<const int64_t*>(tokens), part_demand.data(), nullptr);
+  } else {
+    plan_routing(args);
+  }
   return std::tuple(choice_row.result, row_choice.result, begin.result, count.result, demand.result);
 }
 
@@ -379,7 +388,7 @@ PYBIND11_MODULE(_numpy_kernels, m) {
   m.def("route_backward_x", &route_backward<RouteGradient::x>, "grad"_a, "x"_a, "router_weight"_a, level);
   m.def("route_backward_weight", &route_backward<RouteGradient::weight>, "grad"_a, "x"_a, "router_weight"_a, level);
   m.def("plan_routing", &plan, "expert_index"_a, "num_experts"_a, optional("capacity"), "priority"_a = "choice",
-        optional("score"));
+        optional("score"), optional("order"), level);
   m.def("permute", &permute, "x"_a, "row_choice"_a, "k"_a, level);
   m.def("combine", &combine, "rows"_a, "weight"_a, "choice_row"_a, optional("bias"), optional("expert_begin"), level);
   m.def("combine_backward", &combine_backward, "grad"_a, "rows"_a, "weight"_a, "row_choice"_a,

@@ -74,11 +74,10 @@ class Kernels:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self.module, name)
-        level = {} if name == "plan_routing" else {"level": self.level}  # integers only: one build for all levels
 
         def call(*arguments: Any, **named: Any) -> Any:
             named = {key: to_numpy(value) for key, value in named.items()}
-            return to_torch(function(*map(to_numpy, arguments), **named, **level))
+            return to_torch(function(*map(to_numpy, arguments), **named, level=self.level))
 
         return call
 

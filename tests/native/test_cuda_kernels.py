@@ -5,6 +5,7 @@ import test_numpy_kernels as shared
 import torch
 from native import DTYPES, Kernels, math_dtype
 
+from widenet_kernels.reference.plan import plan_routing
 from widenet_kernels.testing import inputs
 from widenet_kernels.testing.numerics import assert_same_bits
 
@@ -43,6 +44,32 @@ def test_gate_shares_a_token_among_lanes(kernels, dtype, num_experts):
 def test_too_many_experts(kernels):
     with pytest.raises(ValueError, match=r"topk_gate: expected at most 1,024 experts, got 1025"):
         kernels.gate(torch.zeros(2, 1025), 2)
+    with pytest.raises(ValueError, match=r"plan_routing: expected at most 1,024 experts, got 1025"):
+        kernels.plan_routing(torch.zeros(2, 1, dtype=torch.int32), 1025)
+
+
+def assert_same_plan(kernels, index, num_experts, capacity, priority):
+    score = torch.arange(len(index)).mul(7).remainder(5).float() if priority == "score" else None
+    order = None if score is None else (-score).argsort(stable=True)
+    ours = kernels.plan_routing(index, num_experts, capacity, priority, order=order)
+    for out, expected in zip(ours, plan_routing(index, num_experts, capacity, priority, score), strict=True):
+        assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("priority", ["choice", "token", "score"])
+@shared.of_shape
+def test_plan(kernels, shape, priority):
+    assert_same_plan(kernels, inputs.make_expert_index(shape), shape.E, shape.C, priority)
+
+
+@pytest.mark.parametrize("priority", ["choice", "token"])
+@pytest.mark.parametrize("capacity", [None, 3, 40])
+@pytest.mark.parametrize("num_experts", [1, 31, 1024])
+def test_plan_of_indices_out_of_range(kernels, num_experts, capacity, priority):
+    """Of 64 bits, some of which narrow to an expert; several parts of several blocks of threads."""
+    index = torch.randint(-2, num_experts + 2, (1500, 2), generator=torch.Generator().manual_seed(0))
+    index[::7, 0] += 2**32
+    assert_same_plan(kernels, index, num_experts, capacity, priority)
 
 
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "odd"])
