@@ -46,6 +46,14 @@ CANDIDATES = {
         Tile(128, 64, 64, 4, 4),
         Tile(64, 128, 64, 4, 4),
     ),
+    "hidden_glu": (
+        Tile(128, 64, 64, 8, 3),
+        Tile(128, 64, 64, 8, 4),
+        Tile(128, 64, 64, 4, 4),
+        Tile(128, 128, 64, 8, 3),
+        Tile(64, 128, 64, 8, 4),
+        Tile(128, 64, 128, 8, 2),
+    ),
     "weight_gathered": (
         Tile(128, 256, 64, 8, 3),
         Tile(128, 256, 64, 8, 5),
@@ -184,7 +192,7 @@ def sections(shrink: Callable[[Case], Case], tiny: bool) -> dict[str, Callable[[
         (WIDENET_B, "grad_rows", "rows", False),
         (MIXTRAL, "first", "glu", True),
         (MIXTRAL, "second", "rows", False),
-        (MIXTRAL, "hidden", "hidden", False),
+        (MIXTRAL, "hidden", "hidden_glu", False),
         (MIXTRAL, "weight_1", "weight_gathered", True),
         (FINE_GRAINED, "first", "glu", True),
     )

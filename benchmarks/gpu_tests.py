@@ -1,35 +1,40 @@
-"""The tests that need a GPU, each file in a process of its own, several at a time: most of their time is compiling.
+"""The tests that need a GPU, shared out over processes: most of their time goes into compiling kernels.
 
-    python benchmarks/gpu_tests.py --jobs 8
+    python benchmarks/gpu_tests.py --jobs 16
 
 What is tested is the package that Python finds without the checkout's folder: the installed one.
 """
 
 import argparse
-import concurrent.futures
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1] / "tests"
+ROOT = Path(__file__).parents[1]
 FOLDERS = ("conformance", "ops", "nn", "models")  # the contract first; the others test what runs on a CPU
-NO_TESTS = 5  # pytest's exit code for a file without a test that needs a GPU
+PYTEST = [sys.executable, "-P", "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
 
 
-def failed(path: Path) -> bool:
-    options = ["-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
-    code = subprocess.run([sys.executable, "-P", "-m", "pytest", *options, path], cwd=TESTS.parent).returncode
-    if code not in (0, NO_TESTS):
-        print(f"gpu_tests.py: {path.relative_to(TESTS)} failed ({code})", flush=True)
-    return code not in (0, NO_TESTS)
+def collected() -> list[str]:
+    folders = [str(ROOT / "tests" / folder) for folder in FOLDERS]
+    options = ["--collect-only", "-q", "--continue-on-collection-errors"]
+    found = subprocess.run([*PYTEST, *options, *folders], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode != 0:
+        print(found.stdout[-4000:], found.stderr[-4000:], sep="\n", flush=True)
+    return [line for line in found.stdout.splitlines() if "::" in line and not line.startswith("ERROR")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=8, help="files at a time")
-    files = [path for folder in FOLDERS for path in sorted((TESTS / folder).glob("test_*.py"))]
-    with concurrent.futures.ThreadPoolExecutor(parser.parse_args().jobs) as pool:
-        sys.exit(any(list(pool.map(failed, files))))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    jobs = parser.parse_args().jobs
+    tests = collected()
+    print(f"{len(tests)} tests in {jobs} processes", flush=True)
+    shares = [share for share in (tests[job::jobs] for job in range(jobs)) if share]
+    running = [subprocess.Popen([*PYTEST, "-v", "--tb=short", *share], cwd=ROOT) for share in shares]
+    codes = [process.wait() for process in running]
+    sys.exit(any(codes) or not tests)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import widenet_kernels as wk
 from widenet_kernels.testing.timing import Timing, interleaved
 
 COLD_BYTES = 256 << 20  # several times the L2 of any GPU so far
-LARGEST_ERROR = 2e-2  # of bf16 results, ||out - truth|| / ||truth||
+LARGEST_ERROR = 6e-2  # of any row of bf16 results, of the length of that row or of a usual one
 DENSE = "dense mm"  # the contender that the others' share_of_dense refers to
 
 
@@ -48,14 +48,24 @@ def tensors(result: Any) -> list[Tensor]:
 
 
 def relative_error(result: Any, truth: Sequence[Tensor]) -> float:
-    """The worst of ||out - truth|| / ||truth||; NaN if anything is NaN."""
+    """The worst row's ||out - truth|| / ||truth||, so that one wrong row shows; NaN if anything is NaN."""
     worst = 0.0
     for out, exact in zip(tensors(result), truth, strict=False):
         assert out.shape == exact.shape, f"{list(out.shape)} instead of {list(exact.shape)}"
-        off = (out.detach().float() - exact.detach().float()).norm() / exact.float().norm().clamp_min(1e-30)
-        error = float(off)
+        error = error_of(out.detach(), exact.detach())
         worst = error if error != error or worst != worst else max(worst, error)
     return worst
+
+
+def error_of(out: Tensor, exact: Tensor) -> float:
+    """Integers are equal or infinitely off; a row shorter than the root mean square of all is measured by that."""
+    if not exact.is_floating_point():
+        return 0.0 if torch.equal(out, exact) else float("inf")
+    if not exact.numel():
+        return 0.0
+    length = exact.float().norm(dim=-1)
+    usual = length.square().mean().sqrt().clamp_min(1e-30)
+    return float(((out.float() - exact.float()).norm(dim=-1) / length.clamp_min(usual)).max())
 
 
 class Bench:

@@ -15,7 +15,7 @@
 #   install-pure    15  only if that failed: without compiled kernels
 #   smoke           50  every op forward and backward against float64
 #   timings        120  the layer and its stages against copies, dense products and torch's own
-#   tests          115  pytest -m gpu, file by file, the contract of tests/conformance first
+#   tests          115  pytest -m gpu in many processes, the contract of tests/conformance first
 #   sweeps          70  tile sizes for every form of GEMM
 #   memcheck        40  compute-sanitizer over a small set
 #   racecheck       20  the same for races, if memcheck could run

@@ -265,3 +265,18 @@ def test_operands_fit_shared_memory(target):
 def test_the_interpreter_has_tiles_of_two_sizes():
     """Small ones, for several in every test; large ones where many programs would take minutes."""
     assert choose_tile(Problem("rows", torch.float32, 300, 48, 2049), "interpreter")[:3] == (32, 32, 512)
+
+
+@pytest.mark.parametrize(
+    ("target", "precision"),
+    [("sm_80", "tf32"), ("sm_120", "tf32"), ("gfx942", "tf32"), ("gfx950", "ieee"), ("gfx90a", "ieee")],
+)
+def test_tf32_where_the_tensor_cores_have_it(target, precision, monkeypatch):
+    monkeypatch.setattr(tiles, "current_target", lambda: target)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert tiles.input_precision(torch.float32) == precision
+        assert tiles.input_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -108,7 +108,7 @@ def load_library() -> None:
     except (OSError, RuntimeError) as error:
         _load_error = f"{LIBRARY_FILE.name} could not be loaded: {error.__cause__ or error}"
         warnings.warn(
-            f"widenet_kernels runs on its slow reference implementation: {_load_error}", RuntimeWarning, stacklevel=2
+            f"widenet_kernels runs on the CPU by its slow reference: {_load_error}", RuntimeWarning, stacklevel=2
         )
         return
     _load_error = None

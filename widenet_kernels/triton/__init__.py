@@ -26,7 +26,9 @@ def _reason(device: torch.device) -> str | None:
         return None if triton.knobs.runtime.interpret else "a CPU runs Triton under TRITON_INTERPRET=1 alone"
     if device.type != "cuda":
         return f"there are no Triton kernels for device type {device.type!r}"
-    if torch.version.hip is None and torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        return "there is no GPU that torch can use"
+    if torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"compute capability 8.0 or later is needed, this device has {major}.{minor}"

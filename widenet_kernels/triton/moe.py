@@ -156,7 +156,8 @@ def hidden_backward(
 ) -> _HiddenGradient:
     (num_rows, width), (num_experts, hidden, dim) = z.shape, w2.shape
     precision = input_precision(grad.dtype)
-    problem = Problem("hidden", grad.dtype, num_rows // num_experts, hidden, dim, precision)
+    form = "hidden_glu" if activation in GATED else "hidden"
+    problem = Problem(form, grad.dtype, num_rows // num_experts, hidden, dim, precision)
     tile = choose_tile(problem, current_target())
     tiles = triton.cdiv(hidden, tile.block_n)
     num_slots = num_rows // tile.block_m + num_experts

@@ -56,6 +56,8 @@ CASES = (
 FUSED_CASES = (  # of moe_ffn alone
     FINE,
     MIXTRAL._replace(dtype=FP16),
+    WIDENET._replace(activation="swiglu"),  # gated with a bias, what needs the most registers
+    WIDENET._replace(activation="geglu"),
     WIDENET._replace(dtype=FP32, tf32=True),
     # decoding: a few rows an expert
     WIDENET._replace(T=64, C=30),
