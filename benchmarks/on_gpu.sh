@@ -100,7 +100,9 @@ install() { # into the temporary folder: the machine's Python stays as it is
     rm -rf "$work/site"
     stage install-pure 15 install.log env WIDENET_NATIVE=OFF "${pip[@]}" --target "$work/site" .
   fi
-  if [ "$status" = ok ]; then export PYTHONPATH=$work/site; else export PYTHONPATH=$root; fi
+  local site=$root
+  if [ "$status" = ok ]; then site=$work/site; fi
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 }
 
 run_tests() {

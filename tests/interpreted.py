@@ -2,7 +2,7 @@
 
 It patches the language anew at every call inside a kernel, a third of its time: here it stays patched. A sum,
 difference or product of 32-bit integers that overflows, as addresses might, is an error. So is a load or store outside
-the tensors that the kernel was given.
+the tensors that the kernel was given. It cuts fp32 short to bf16: here it rounds to nearest, as a GPU does.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from triton.runtime.jit import mangle_type
 
 builder = interpreter.interpreter_builder
 FAR = 1 << 48  # no real address is as high
+_convert = interpreter._convert_float
 _load, _store = builder.create_masked_load, builder.create_masked_store
 _take_arguments = interpreter.GridExecutor._init_args_hst
 _extents = np.empty((0, 2), np.uint64)  # begin and end of the memory of the running kernel's tensors, in order
@@ -29,9 +30,18 @@ def install() -> None:
     interpreter._patch_lang(type("", (), {"__globals__": {"tl": tl, "core": tl.core}}))
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
     builder.options = dataclasses.replace(builder.options, debug=True)  # integers are checked
+    interpreter._convert_float = _converted
     builder.create_masked_load = _checked_load
     builder.create_masked_store = _checked_store
     interpreter.GridExecutor._init_args_hst = _noted_arguments
+
+
+def _converted(values: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
+    if source != tl.float32 or target != tl.bfloat16:
+        return _convert(values, source, target, rounding_mode)
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    nearest = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
 
 def _noted_arguments(executor: Any, arguments: Any, named: Any) -> tuple:

@@ -141,3 +141,14 @@ def test_strided_rows_weight_and_gradient(device, backend):
             for grad in (torch.ones((), device=device).expand(shape.T, shape.D), ones.t().contiguous().t()):
                 for ours, theirs in zip(run(strange_rows, strange_weight, grad), expected, strict=True):
                     assert_same_bits(ours, theirs)
+
+
+def test_rows_without_columns(device, backend):
+    plan = inputs.make_plan(inputs.ORDINARY, device=device)
+    weight = inputs.make_gate_weight(inputs.ORDINARY, device=device).requires_grad_()
+    rows = torch.empty(plan.num_rows, 0, device=device, requires_grad=True)
+    y = wk.combine(rows, weight, plan, backend=backend)
+    grad_rows, grad_weight = torch.autograd.grad(y.sum(), [rows, weight])
+    assert y.shape == (inputs.ORDINARY.T, 0)
+    assert grad_rows.shape == rows.shape
+    assert not grad_weight.any()

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MOST_EXPERTS = 65_536  # 16 choices beside as many experts are the largest tile that Triton has
+
 
 @triton.jit
 def _load_block(expert_index_ptr, order_ptr, block, num_tokens, K: tl.constexpr, E: tl.constexpr,
@@ -115,6 +117,8 @@ def _place_kernel(
 def plan_routing(
     expert_index: Tensor, num_experts: int, capacity: int | None, priority: str, score: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if num_experts > MOST_EXPERTS:
+        raise ValueError(f"plan_routing: num_experts: Triton serves {MOST_EXPERTS} at most, got {num_experts}")
     num_tokens, k = expert_index.shape
     num_choices = num_tokens * k
     num_rows = num_choices if capacity is None else num_experts * capacity

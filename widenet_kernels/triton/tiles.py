@@ -179,7 +179,7 @@ def family(target: str) -> str:
     return "gfx942"
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def choose_tile(problem: Problem, target: str) -> Tile:
     """The tile for a problem on a target such as "sm_90": a pure function, so that nothing is tuned while training."""
     if target == "interpreter":  # small, for several tiles in every test; but many programs take minutes
@@ -209,7 +209,7 @@ def movement_blocks(dim: int, itemsize: int) -> tuple[int, int]:
     The columns divide D where a power of two of a useful size does, so that no thread idles at D = 768.
     """
     factor = dim & -dim
-    columns = min(factor if factor >= 128 else triton.next_power_of_2(dim), 1024)
+    columns = min(factor if factor >= 128 else triton.next_power_of_2(max(dim, 1)), 1024)
     return 8192 // itemsize // columns, columns
 
 
