@@ -61,14 +61,15 @@ __global__ void __launch_bounds__(kThreads) combine_backward_kernel(CombineBackw
 
 template <class T, class A>
 void combine_of(const CombineArgs& args, int64_t num_tokens, cudaStream_t stream) {
-  const bool wide = is_wide(args.rows, args.y, args.dim * static_cast<int64_t>(sizeof(T)));
+  const bool wide = is_aligned<kWideBytes>(args.rows, args.y, args.dim * static_cast<int64_t>(sizeof(T)));
   const auto kernel = wide ? combine_kernel<T, A, kWideBytes / sizeof(T)> : combine_kernel<T, A, 1>;
   launch("combine", kernel, divide_up(num_tokens, kWarps), 0, stream, args, num_tokens);
 }
 
 template <class T, class A>
 void combine_backward_of(const CombineBackwardArgs& args, int64_t num_rows, cudaStream_t stream) {
-  const bool wide = is_wide(args.grad, args.rows, args.grad_rows, args.dim * static_cast<int64_t>(sizeof(T)));
+  const bool wide =
+      is_aligned<kWideBytes>(args.grad, args.rows, args.grad_rows, args.dim * static_cast<int64_t>(sizeof(T)));
   const auto kernel = wide ? combine_backward_kernel<T, A, kWideBytes / sizeof(T)> : combine_backward_kernel<T, A, 1>;
   launch("combine_backward", kernel, divide_up(num_rows, kWarps), 0, stream, args, num_rows);
 }

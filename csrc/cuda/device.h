@@ -93,10 +93,10 @@ struct alignas(sizeof(T) * N) Pack {
 
 constexpr int kWideBytes = 16;
 
-// Whether all of these, pointers and distances in bytes, are at multiples of 16 bytes.
-template <class... Places>
-bool is_wide(Places... places) {
-  return (((uintptr_t)places % kWideBytes == 0) && ...);
+// Whether all of these, pointers and distances in bytes, are at multiples of kBytes.
+template <int kBytes, class... Places>
+bool is_aligned(Places... places) {
+  return (((uintptr_t)places % kBytes == 0) && ...);
 }
 
 // Sums over groups of kWidth neighbouring lanes; every lane gets it, in the same order.

@@ -21,9 +21,7 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(PermuteArgs args, int
 
 template <class Piece>
 bool fits(const PermuteArgs& args) {
-  const auto places = reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.rows) |
-                      static_cast<uintptr_t>(args.row_bytes);
-  return places % sizeof(Piece) == 0;
+  return is_aligned<sizeof(Piece)>(args.x, args.rows, args.row_bytes);
 }
 
 }  // namespace

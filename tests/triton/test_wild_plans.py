@@ -45,13 +45,17 @@ def normal(*shape, seed=0):
 def test_wild_places(activation, begin, count):
     places, width = (int32(begin), int32(count)), 2 * F if activation == "swiglu" else F
     rows, w1, b1, z = normal(R, D), normal(E, D, width), normal(E, width), normal(R, width)
-    grouped_gemm.grouped_gemm(rows, w1, b1, *places, activation, True)
-    grouped_gemm.grouped_gemm_backward(normal(R, F), rows, w1, z, *places, activation, True, True, True)
     x, weight, w2, b2 = normal(T, D), normal(T, K), normal(E, F, D), normal(E, D)
     maps = wild((T, K), R), wild((R,), T * K)
+    taken = (*places, rows, w1, b1, z, x, weight, w2, b2, *maps)
+    before = [tensor.clone() for tensor in taken]
+    grouped_gemm.grouped_gemm(rows, w1, b1, *places, activation, True)
+    grouped_gemm.grouped_gemm_backward(normal(R, F), rows, w1, z, *places, activation, True, True, True)
     moe.moe_ffn(x, weight, *maps, *places, w1, b1, w2, b2, activation, True)
     saved = (x, x, weight, *maps, *places, z, w1, w2, b2, activation)
     moe.moe_ffn_backward(*saved, True, True, True, True, True, True)
+    for tensor, as_it_was in zip(taken, before, strict=True):  # inside a kernel's tensors are its arguments too
+        assert_same_bits(tensor, as_it_was)
 
 
 def test_wild_maps():
