@@ -28,7 +28,7 @@ bench: $(VENV)/installed  ## the layer against the time of its GEMMs alone
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 	$(BIN)/mypy
 
 test-install:  ## build and install the wheel as a user does, with and without compiled kernels
