@@ -87,17 +87,19 @@ struct CombineArgs {
   void* y;  // [T, D]
 };
 
-// Over rows. grad_rows[r] = weight * grad[token], 0 where unused; grad_weight[choice] = <grad[token], rows[r]>.
+// Over rows. grad_rows[r] = weight * grad[token], 0 where unused; grad_weight[choice] = <grad[token], rows[r]>. Zeros
+// for the choices without a row come from the CUDA kernel itself, and have to be there before the CPU kernel.
 struct CombineBackwardArgs {
   DType type;                 // of grad, rows and grad_rows
   DType math;                 // f32 or f64, of weight and grad_weight
   const void* grad;           // [T, D]
   const void* rows;           // [R, D]
   const void* weight;         // [T, K]
+  const int32_t* choice_row;  // [T, K]; the CUDA kernel's alone
   const int32_t* row_choice;  // [R]
   int64_t num_tokens, k, dim;
   void* grad_rows;    // [R, D], or null
-  void* grad_weight;  // [T, K], zero beforehand, or null
+  void* grad_weight;  // [T, K], or null
 };
 
 // Over the rows of one expert. z += bias in place; out = act(z), which may be z itself unless gated.

@@ -32,19 +32,29 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(CombineArgs args, int
   }
 }
 
+// The warps after those of the rows: grad_weight is zero for a choice that no row serves.
+template <class A>
+__device__ void clear_dropped(const CombineBackwardArgs& args, int64_t choice, int64_t num_rows) {
+  if (!args.grad_weight || choice >= args.num_tokens * args.k) return;
+  const int64_t row = args.choice_row[choice];
+  const bool served = row >= 0 && row < num_rows && args.row_choice[row] == choice;
+  if (!served) static_cast<A*>(args.grad_weight)[choice] = A{0};
+}
+
 template <class T, class A, int kColumns>
 __global__ void __launch_bounds__(kThreads) combine_backward_kernel(CombineBackwardArgs args, int64_t num_rows) {
   using Columns = Pack<T, kColumns>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
-  if (row >= num_rows) return;
+  if (row >= num_rows) return clear_dropped<A>(args, (row - num_rows) * kLanes + threadIdx.x % kLanes, num_rows);
   const int64_t choice = args.row_choice[row], pieces = args.dim / kColumns;
   const bool used = choice >= 0 && choice < args.num_tokens * args.k;
   const A weight = used ? static_cast<const A*>(args.weight)[choice] : A{0};
+  const int64_t token = used ? token_of(choice, args.k) : 0;
   A dot = 0;
   for (int64_t piece = threadIdx.x % kLanes; piece < pieces; piece += kLanes) {
     Columns out{};
     if (used) {
-      const Columns grad = static_cast<const Columns*>(args.grad)[choice / args.k * pieces + piece];
+      const Columns grad = static_cast<const Columns*>(args.grad)[token * pieces + piece];
       const Columns value = args.grad_weight ? static_cast<const Columns*>(args.rows)[row * pieces + piece] : Columns{};
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
@@ -71,7 +81,8 @@ void combine_backward_of(const CombineBackwardArgs& args, int64_t num_rows, cuda
   const bool wide =
       is_aligned<kWideBytes>(args.grad, args.rows, args.grad_rows, args.dim * static_cast<int64_t>(sizeof(T)));
   const auto kernel = wide ? combine_backward_kernel<T, A, kWideBytes / sizeof(T)> : combine_backward_kernel<T, A, 1>;
-  launch("combine_backward", kernel, divide_up(num_rows, kWarps), 0, stream, args, num_rows);
+  const int64_t choice_warps = args.grad_weight ? divide_up(args.num_tokens * args.k, kLanes) : 0;
+  launch("combine_backward", kernel, divide_up(num_rows + choice_warps, kWarps), 0, stream, args, num_rows);
 }
 
 }  // namespace
@@ -81,7 +92,7 @@ void combine(const CombineArgs& args, int64_t num_tokens, cudaStream_t stream) {
   dispatch(args.type, [&](auto type) {
     using T = decltype(type);
     args.math == DType::f64 ? combine_of<T, double>(args, num_tokens, stream)
-                            : combine_of<T, float>(args, num_tokens, stream);
+                            : combine_of<T, math_t<T>>(args, num_tokens, stream);
   });
 }
 
@@ -89,7 +100,7 @@ void combine_backward(const CombineBackwardArgs& args, int64_t num_rows, cudaStr
   dispatch(args.type, [&](auto type) {
     using T = decltype(type);
     args.math == DType::f64 ? combine_backward_of<T, double>(args, num_rows, stream)
-                            : combine_backward_of<T, float>(args, num_rows, stream);
+                            : combine_backward_of<T, math_t<T>>(args, num_rows, stream);
   });
 }
 

@@ -43,7 +43,10 @@ void launch(const char* name, void (*kernel)(Params...), int64_t blocks, size_t 
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
-  if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // else the next launch would report it again
+    throw std::runtime_error(std::string(name) + ": the launch failed: " + cudaGetErrorString(error));
+  }
 #else
   static_cast<void>(stream);
   emulator::launch(name, kernel, {static_cast<unsigned>(blocks)}, {kThreads}, shared_bytes, args...);
@@ -83,6 +86,11 @@ __device__ T narrow(A x) {
   } else {
     return static_cast<T>(x);
   }
+}
+
+// Choices are counted in 31 bits; a division of 64 would take longer than the row.
+__device__ inline int64_t token_of(int64_t choice, int64_t k) {
+  return static_cast<uint32_t>(choice) / static_cast<uint32_t>(k);
 }
 
 // N neighbours that are loaded or stored at once.

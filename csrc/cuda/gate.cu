@@ -2,7 +2,7 @@
 //
 // p = softmax(logits + noise); the k experts of the largest logits + noise, best first, ties to the lower index, NaN
 // below -inf (Xue et al. 2021, arXiv 2107.11817, eq. 2). Reads T E, writes T (E + 2 K) elements, each once. A token is
-// shared by up to 32 neighbouring lanes, of which each keeps up to 32 neighbouring experts in registers.
+// shared by up to 32 neighbouring lanes, of which each keeps up to 32 experts in registers.
 #include <limits>
 
 #include "device.h"
@@ -39,7 +39,9 @@ __device__ A ranked_value(key_t<A> key) {
   return bits_as<A>(flip(key));
 }
 
-// How lane and token meet: kLanesOfToken lanes of kExperts experts each.
+constexpr int kBlocks = 2;  // on a multiprocessor at least, which leaves a thread 128 registers
+
+// How lanes, tokens and experts meet: kLanesOfToken lanes share a token, and neighbours hold neighbouring experts.
 template <int kLanesOfToken>
 struct Place {
   int64_t token;
@@ -50,6 +52,10 @@ struct Place {
       : token((static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanesOfToken),
         inside(token < num_tokens),
         lane(threadIdx.x % kLanesOfToken) {}
+
+  __device__ int expert(int i) const { return i * kLanesOfToken + lane; }
+  // The i of an expert, -1 in the lanes that do not hold it.
+  __device__ int place(int expert) const { return expert % kLanesOfToken == lane ? expert / kLanesOfToken : -1; }
 };
 
 // Of a row of E, 0 beyond its end.
@@ -59,14 +65,15 @@ __device__ A load(const T* row, int expert, int num_experts) {
 }
 
 // The best expert that is left among the token's lanes, and its key.
-template <int kLanesOfToken, int kExperts, class K>
-__device__ void best_of(const K* key, int first, K& best, int& expert) {
+template <int kExperts, int kLanesOfToken, class K>
+__device__ void best_of(const K* key, const Place<kLanesOfToken>& at, K& best, int& expert) {
+  int mine = 0;
   best = key[0];
-  expert = first;
 #pragma unroll
   for (int i = 1; i < kExperts; ++i) {
-    if (key[i] > best) best = key[i], expert = first + i;
+    if (key[i] > best) best = key[i], mine = i;
   }
+  expert = at.expert(mine);
 #pragma unroll
   for (int distance = kLanesOfToken / 2; distance; distance /= 2) {
     const K other = __shfl_xor_sync(kAllLanes, best, distance);
@@ -77,30 +84,30 @@ __device__ void best_of(const K* key, int first, K& best, int& expert) {
 
 // The keys alone are kept, from which z comes back: twice as many registers would not be there.
 template <class T, class A, int kLanesOfToken, int kExperts>
-__global__ void __launch_bounds__(kThreads) gate_kernel(GateArgs args, int64_t num_tokens) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gate_kernel(GateArgs args, int64_t num_tokens) {
   const Place<kLanesOfToken> at(num_tokens);
-  const int num_experts = static_cast<int>(args.num_experts), k = static_cast<int>(args.k), first = at.lane * kExperts;
+  const int num_experts = static_cast<int>(args.num_experts), k = static_cast<int>(args.k);
   const int64_t offset = (at.inside ? at.token : 0) * num_experts;
   key_t<A> key[kExperts], best;
 #pragma unroll
   for (int i = 0; i < kExperts; ++i) {
-    A z = load<A>(static_cast<const T*>(args.logits) + offset, first + i, num_experts);
-    if (args.noise) z += load<A>(static_cast<const A*>(args.noise) + offset, first + i, num_experts);
-    key[i] = first + i < num_experts ? ranking_key(z) : kNoExpert<A>;
+    A z = load<A>(static_cast<const T*>(args.logits) + offset, at.expert(i), num_experts);
+    if (args.noise) z += load<A>(static_cast<const A*>(args.noise) + offset, at.expert(i), num_experts);
+    key[i] = at.expert(i) < num_experts ? ranking_key(z) : kNoExpert<A>;
   }
   int expert;
-  best_of<kLanesOfToken, kExperts>(key, first, best, expert);
+  best_of<kExperts>(key, at, best, expert);
   const A highest = ranked_value<A>(best);  // NaN only if all are, and then so are the probs
   A total = 0;
 #pragma unroll
   for (int i = 0; i < kExperts; ++i) {
-    if (first + i < num_experts) total += exp(ranked_value<A>(key[i]) - highest);
+    if (at.expert(i) < num_experts) total += exp(ranked_value<A>(key[i]) - highest);
   }
   total = group_sum<kLanesOfToken>(total);
   A* probs = static_cast<A*>(args.probs) + offset;
 #pragma unroll
   for (int i = 0; i < kExperts; ++i) {
-    if (at.inside && first + i < num_experts) probs[first + i] = exp(ranked_value<A>(key[i]) - highest) / total;
+    if (at.inside && at.expert(i) < num_experts) probs[at.expert(i)] = exp(ranked_value<A>(key[i]) - highest) / total;
   }
 
   const bool writes = at.inside && at.lane == 0, masked = writes && args.mask && !args.mask[at.token];
@@ -108,10 +115,11 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(GateArgs args, int64_t n
   int32_t* index = args.expert_index + at.token * k;
   A kept = 0;
   for (int choice = 0; choice < k; ++choice) {
-    if (choice) best_of<kLanesOfToken, kExperts>(key, first, best, expert);
+    best_of<kExperts>(key, at, best, expert);
+    const int taken = at.place(expert);
 #pragma unroll
     for (int i = 0; i < kExperts; ++i) {
-      if (first + i == expert) key[i] = kNoExpert<A>;
+      if (i == taken) key[i] = kNoExpert<A>;
     }
     const A prob = exp(ranked_value<A>(best) - highest) / total;  // the bits that probs has
     kept += prob;
@@ -122,15 +130,16 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(GateArgs args, int64_t n
 }
 
 template <class A, int kLanesOfToken, int kExperts>
-__global__ void __launch_bounds__(kThreads) gate_backward_kernel(GateBackwardArgs args, int64_t num_tokens) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gate_backward_kernel(GateBackwardArgs args, int64_t num_tokens) {
   const Place<kLanesOfToken> at(num_tokens);
-  const int num_experts = static_cast<int>(args.num_experts), k = static_cast<int>(args.k), first = at.lane * kExperts;
+  const int num_experts = static_cast<int>(args.num_experts), k = static_cast<int>(args.k);
   const int64_t token = at.inside ? at.token : 0, offset = token * num_experts;
   const A* probs = static_cast<const A*>(args.probs) + offset;
   A grad[kExperts];
 #pragma unroll
   for (int i = 0; i < kExperts; ++i) {
-    grad[i] = args.grad_probs ? load<A>(static_cast<const A*>(args.grad_probs) + offset, first + i, num_experts) : A{0};
+    grad[i] =
+        args.grad_probs ? load<A>(static_cast<const A*>(args.grad_probs) + offset, at.expert(i), num_experts) : A{0};
   }
   if (args.grad_weight) {
     const A* grad_weight = static_cast<const A*>(args.grad_weight) + token * k;
@@ -147,8 +156,9 @@ __global__ void __launch_bounds__(kThreads) gate_backward_kernel(GateBackwardArg
       const int expert = index[choice];
       if (expert < 0 || expert >= num_experts) continue;
       const A share = (grad_weight[choice] - shared) / kept;
+      const int chosen = at.place(expert);
 #pragma unroll
-      for (int i = 0; i < kExperts; ++i) grad[i] += first + i == expert ? share : A{0};
+      for (int i = 0; i < kExperts; ++i) grad[i] += i == chosen ? share : A{0};
     }
   }
   A mean = 0;
@@ -156,16 +166,16 @@ __global__ void __launch_bounds__(kThreads) gate_backward_kernel(GateBackwardArg
 #pragma unroll
   for (int i = 0; i < kExperts; ++i) {
     asked += grad[i] != A{0};
-    mean += grad[i] * load<A>(probs, first + i, num_experts);
+    mean += grad[i] * load<A>(probs, at.expert(i), num_experts);
   }
   asked = group_sum<kLanesOfToken>(asked);
   mean = group_sum<kLanesOfToken>(mean);
   const A* more = static_cast<const A*>(args.grad_logits) + (args.grad_logits ? offset : 0);
 #pragma unroll
   for (int i = 0; i < kExperts; ++i) {
-    A out = asked ? load<A>(probs, first + i, num_experts) * (grad[i] - mean) : A{0};
-    if (args.grad_logits) out += load<A>(more, first + i, num_experts);
-    if (at.inside && first + i < num_experts) (static_cast<A*>(args.grad) + offset)[first + i] = out;
+    A out = asked ? load<A>(probs, at.expert(i), num_experts) * (grad[i] - mean) : A{0};
+    if (args.grad_logits) out += load<A>(more, at.expert(i), num_experts);
+    if (at.inside && at.expert(i) < num_experts) (static_cast<A*>(args.grad) + offset)[at.expert(i)] = out;
   }
 }
 
@@ -178,7 +188,7 @@ void share_out(int64_t num_experts, F&& f) {
     share_out<kLanesOfToken, 2 * kExperts>(num_experts, f);
   } else if constexpr (kLanesOfToken < static_cast<int>(kLanes)) {
     share_out<2 * kLanesOfToken, kExperts>(num_experts, f);
-  } else if constexpr (kExperts < 32) {
+  } else if constexpr (kLanesOfToken * kExperts < kMostExperts) {
     share_out<kLanesOfToken, 2 * kExperts>(num_experts, f);
   } else {
     throw std::invalid_argument("topk_gate: expected at most 1,024 experts, got " + std::to_string(num_experts));

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(PermuteArgs args, int
   if (row >= num_rows) return;
   const int64_t choice = args.row_choice[row], pieces = args.row_bytes / static_cast<int64_t>(sizeof(Piece));
   const bool used = choice >= 0 && choice < args.num_tokens * args.k;
-  const Piece* in = static_cast<const Piece*>(args.x) + (used ? choice / args.k : 0) * pieces;
+  const Piece* in = static_cast<const Piece*>(args.x) + (used ? token_of(choice, args.k) : 0) * pieces;
   Piece* out = static_cast<Piece*>(args.rows) + row * pieces;
 #pragma unroll 4
   for (int64_t i = threadIdx.x % kLanes; i < pieces; i += kLanes) out[i] = used ? in[i] : Piece{};

@@ -9,7 +9,7 @@
 namespace widenet::cuda {
 namespace {
 
-constexpr int64_t kMostParts = 512, kMostExperts = 1024;
+constexpr int64_t kMostParts = 512;
 
 struct Parts {
   int64_t number, size;  // of choices: a multiple of kThreads

@@ -42,7 +42,7 @@
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-using cudaStream_t = void*;
+using cudaStream_t = struct CUstream_st*;
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 

@@ -153,6 +153,19 @@ auto route_backward(const array& grad, const array& x, const array& router_weigh
   return out.result;
 }
 
+auto asked_rows(const array& grad, const array& x) {
+  const DType type = float_dtype("x", x), math = math_dtype("grad", grad);
+  require(type != DType::f64 || math == DType::f64, "grad", "float64, as x is");
+  const Shape shape = shape_of("x", x, 2);
+  const py::ssize_t num_experts = shape_of("grad", grad, 2)[1];
+  Output rows(math, shape);
+  const cuda::AskedRowsArgs args{
+      type,     math,       input("grad", grad, math, {shape[0], num_experts}), input("x", x, type, shape), num_experts,
+      shape[1], rows.data()};
+  cuda::asked_rows(args, shape[0], nullptr);
+  return rows.result;
+}
+
 // ``order``: the tokens as the score takes them, which the CUDA kernels ask for in its place.
 auto plan(const array& expert_index, int64_t num_experts, std::optional<int64_t> capacity, const std::string& priority,
           const Optional& score, const Optional& order, const std::string& level) {
@@ -241,19 +254,20 @@ auto combine(const array& rows, const Optional& weight, const array& choice_row,
 }
 
 // grad_rows, grad_weight: those that are in `outputs`, else None.
-auto combine_backward(const array& grad, const array& rows, const array& weight, const array& row_choice,
-                      const Outputs& outputs, const std::string& level) {
+auto combine_backward(const array& grad, const array& rows, const array& weight, const array& choice_row,
+                      const array& row_choice, const Outputs& outputs, const std::string& level) {
   const DType type = float_dtype("rows", rows), math = math_dtype("weight", weight);
   require(type != DType::f64 || math == DType::f64, "weight", "float64, as the rows are");
   const Shape shape = shape_of("rows", rows, 2), choices = shape_of("weight", weight, 2);
   Output grad_rows, grad_weight;
   if (wanted(outputs, "grad_rows")) grad_rows = Output(type, shape);
-  if (wanted(outputs, "grad_weight")) grad_weight = zeros(math, choices);
+  if (wanted(outputs, "grad_weight")) grad_weight = level == "cuda" ? Output(math, choices) : zeros(math, choices);
   const CombineBackwardArgs args{type,
                                  math,
                                  input("grad", grad, type, {choices[0], shape[1]}),
                                  input("rows", rows, type, shape),
                                  input("weight", weight, math, choices),
+                                 integers("choice_row", choice_row, choices),
                                  integers("row_choice", row_choice, {shape[0]}),
                                  choices[0],
                                  choices[1],
@@ -387,11 +401,12 @@ PYBIND11_MODULE(_numpy_kernels, m) {
   m.def("route", &route, "x"_a, "router_weight"_a, level);
   m.def("route_backward_x", &route_backward<RouteGradient::x>, "grad"_a, "x"_a, "router_weight"_a, level);
   m.def("route_backward_weight", &route_backward<RouteGradient::weight>, "grad"_a, "x"_a, "router_weight"_a, level);
+  m.def("asked_rows", &asked_rows, "grad"_a, "x"_a);
   m.def("plan_routing", &plan, "expert_index"_a, "num_experts"_a, optional("capacity"), "priority"_a = "choice",
         optional("score"), optional("order"), level);
   m.def("permute", &permute, "x"_a, "row_choice"_a, "k"_a, level);
   m.def("combine", &combine, "rows"_a, "weight"_a, "choice_row"_a, optional("bias"), optional("expert_begin"), level);
-  m.def("combine_backward", &combine_backward, "grad"_a, "rows"_a, "weight"_a, "row_choice"_a,
+  m.def("combine_backward", &combine_backward, "grad"_a, "rows"_a, "weight"_a, "choice_row"_a, "row_choice"_a,
         "outputs"_a = Outputs{"grad_rows", "grad_weight"}, level);
   m.def("activation", &activation, "z"_a, "activation"_a, optional("bias"), "in_place"_a = false, level);
   m.def("activation_backward", &activation_backward, "z"_a, "grad"_a, "activation"_a, optional("row_weight"),

@@ -1,4 +1,4 @@
-#include "../cpu/parallel.h"
+#include "device.h"
 #include "stages.h"
 
 namespace widenet {
@@ -36,7 +36,7 @@ Gate gate_tokens(const Tensor& logits_in, const OptionalTensor& noise_in, const 
                       gate.weight.mutable_data_ptr(),
                       static_cast<int32_t*>(gate.expert_index.mutable_data_ptr()),
                       gate.probs.mutable_data_ptr()};
-  parallel_for(num_tokens, kGrainTokens, [&](int64_t begin, int64_t end) { kernels().gate(args, begin, end); });
+  run(logits, kernels().gate, cuda::gate, args, num_tokens, kGrainTokens);
   return gate;
 }
 
@@ -49,12 +49,11 @@ Tensor gate_gradient(const GateGradients& grads, const Gate& gate, bool normaliz
   const GateBackwardArgs args{
       dtype_of(probs), data(grad_weight), data(grad_probs), data(grad_logits), data(weight),           integers(index),
       data(probs),     probs.size(1),     index.size(1),    normalize,         grad.mutable_data_ptr()};
-  parallel_for(probs.size(0), kGrainTokens,
-               [&](int64_t begin, int64_t end) { kernels().gate_backward(args, begin, end); });
+  run(probs, kernels().gate_backward, cuda::gate_backward, args, probs.size(0), kGrainTokens);
   return grad;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(widenet_kernels, CPU, m) {
+WIDENET_OPS(m) {
   m.impl("topk_gate", TORCH_BOX(&topk_gate));
   m.impl("topk_gate_backward", TORCH_BOX(&topk_gate_backward));
 }

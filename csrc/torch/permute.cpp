@@ -1,4 +1,4 @@
-#include "../cpu/parallel.h"
+#include "device.h"
 #include "stages.h"
 
 namespace widenet {
@@ -22,11 +22,10 @@ Tensor permute_backward(Tensor grad, Tensor choice_row) {
 void permute_rows(const Tensor& x, const int32_t* row_choice, int64_t k, const Matrix& out) {
   const int64_t row_bytes = out.columns * static_cast<int64_t>(x.element_size());
   const PermuteArgs args{data(x), row_choice, x.size(0), k, row_bytes, out.data};
-  parallel_for(out.rows, kGrainBytes / (row_bytes + 1) + 1,
-               [&](int64_t begin, int64_t end) { kernels().permute(args, begin, end); });
+  run(x, kernels().permute, cuda::permute, args, out.rows, kGrainBytes / (row_bytes + 1) + 1);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(widenet_kernels, CPU, m) {
+WIDENET_OPS(m) {
   m.impl("permute", TORCH_BOX(&permute));
   m.impl("permute_backward", TORCH_BOX(&permute_backward));
 }

@@ -1,3 +1,6 @@
+#include <array>
+
+#include "device.h"
 #include "stages.h"
 
 namespace widenet {
@@ -11,6 +14,25 @@ Priority priority_of(const std::string& name) {
 }
 
 int32_t* output(const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); }
+
+// The tokens as a score takes them, the highest first: ascending order puts NaN last, and the sort is stable.
+Tensor order_of(const Tensor& score) {
+  std::array<StableIValue, 1> negated{torch::stable::detail::from(score)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::neg", "", negated.data(), TORCH_ABI_VERSION));
+  std::array<StableIValue, 4> sorted{negated[0], torch::stable::detail::from(true),
+                                     torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::argsort", "stable", sorted.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(sorted[0]);
+}
+
+void plan_on_gpu(const PlanArgs& args, const Tensor& index, const OptionalTensor& score) {
+  const OptionalTensor order = score ? OptionalTensor(order_of(*score)) : std::nullopt;
+  const int64_t parts = cuda::plan_parts(args.num_tokens * args.k);
+  const Tensor part_demand = empty_tensor(index, {parts * args.num_experts}, ScalarType::Int);
+  on_stream(index, [&](cudaStream_t stream) {
+    cuda::plan_routing(args, static_cast<const int64_t*>(data(order)), output(part_demand), stream);
+  });
+}
 
 }  // namespace
 
@@ -43,10 +65,14 @@ Plan plan_tokens(Tensor expert_index, int64_t num_experts, std::optional<int64_t
   args.expert_begin = output(std::get<2>(plan));
   args.expert_count = output(std::get<3>(plan));
   args.expert_demand = output(std::get<4>(plan));
-  plan_routing(args);
+  if (on_gpu(index)) {
+    plan_on_gpu(args, index, score);
+  } else {
+    plan_routing(args);
+  }
   return plan;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(widenet_kernels, CPU, m) { m.impl("plan_routing", TORCH_BOX(&plan_tokens)); }
+WIDENET_OPS(m) { m.impl("plan_routing", TORCH_BOX(&plan_tokens)); }
 
 }  // namespace widenet

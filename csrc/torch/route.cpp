@@ -1,4 +1,6 @@
-#include "../cpu/parallel.h"
+#include <array>
+
+#include "device.h"
 #include "stages.h"
 
 namespace widenet {
@@ -9,6 +11,24 @@ constexpr int64_t kGrainColumns = 64;
 
 using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// Torch's GEMM, as the out= form: autocast leaves that one alone.
+void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // out again, which is owned here now
+}
+
+Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+void find_logits(const Tensor& x, const Tensor& router_weight, const Tensor& logits) {
+  if (on_gpu(x)) return mm_out(logits, to_contiguous(x, logits.scalar_type()), transposed(router_weight));
+  const RouteArgs args{
+      dtype_of(x),           dtype_of(logits),         data(x), data(router_weight), router_weight.size(0),
+      router_weight.size(1), logits.mutable_data_ptr()};
+  parallel_for(x.size(0), kGrainTokens, [&](int64_t begin, int64_t end) { kernels().route(args, begin, end); });
+}
+
 Routed route(Tensor x_in, Tensor router_weight_in, int64_t k, std::optional<int64_t> capacity, OptionalTensor noise,
              bool normalize, std::string priority, OptionalTensor mask) {
   const Tensor x = to_contiguous(x_in);
@@ -16,10 +36,7 @@ Routed route(Tensor x_in, Tensor router_weight_in, int64_t k, std::optional<int6
   const Tensor router_weight = to_contiguous(router_weight_in, math);
   const int64_t num_experts = router_weight.size(0);
   const Tensor logits = empty_tensor(x, {x.size(0), num_experts}, math);
-  const RouteArgs args{dtype_of(x), dtype_of(math),           data(x), data(router_weight), num_experts,
-                       x.size(1),   logits.mutable_data_ptr()};
-  parallel_for(x.size(0), kGrainTokens, [&](int64_t begin, int64_t end) { kernels().route(args, begin, end); });
-
+  find_logits(x, router_weight, logits);
   const Gate gate = gate_tokens(logits, noise, mask, k, normalize);
   OptionalTensor score;
   if (priority == "score") score = torch::stable::select(gate.weight, 1, 0);
@@ -27,42 +44,69 @@ Routed route(Tensor x_in, Tensor router_weight_in, int64_t k, std::optional<int6
   return std::tuple_cat(std::make_tuple(gate.weight, gate.expert_index, gate.probs, logits), plan);
 }
 
+// Both gradients are written where they have elements.
+struct RouteGradients {
+  Tensor x, router_weight;
+};
+
+void route_backward_on_cpu(const Tensor& grad, const Tensor& x, const Tensor& router_weight,
+                           const RouteGradients& out) {
+  const RouteBackwardArgs args{dtype_of(x),
+                               dtype_of(grad),
+                               data(grad),
+                               data(x),
+                               data(router_weight),
+                               x.size(0),
+                               router_weight.size(0),
+                               x.size(1),
+                               out.x.mutable_data_ptr(),
+                               out.router_weight.mutable_data_ptr()};
+  if (out.x.numel()) {
+    parallel_for(args.num_tokens, kGrainTokens,
+                 [&](int64_t begin, int64_t end) { kernels().route_backward_x(args, begin, end); });
+  }
+  if (out.router_weight.numel()) {
+    parallel_for(args.dim, kGrainColumns,
+                 [&](int64_t begin, int64_t end) { kernels().route_backward_weight(args, begin, end); });
+  }
+}
+
+void route_backward_on_gpu(const Tensor& grad, const Tensor& x, const Tensor& router_weight, RouteGradients& out) {
+  const ScalarType math = grad.scalar_type();
+  if (out.x.numel()) {
+    const Tensor grad_x = x.scalar_type() == math ? out.x : empty_tensor(grad, {x.size(0), x.size(1)});
+    mm_out(grad_x, grad, router_weight);
+    out.x = to_contiguous(grad_x, x.scalar_type());
+  }
+  if (out.router_weight.numel()) {
+    const Tensor asked = empty_tensor(grad, {x.size(0), x.size(1)});
+    const cuda::AskedRowsArgs args{dtype_of(x), dtype_of(math),          data(grad), data(x), grad.size(1),
+                                   x.size(1),   asked.mutable_data_ptr()};
+    on_stream(x, [&](cudaStream_t stream) { cuda::asked_rows(args, x.size(0), stream); });
+    mm_out(out.router_weight, transposed(grad), asked);
+  }
+}
+
 std::tuple<Tensor, Tensor> route_backward(OptionalTensor grad_weight, OptionalTensor grad_probs,
                                           OptionalTensor grad_logits, Tensor x_in, Tensor router_weight_in,
                                           Tensor weight, Tensor expert_index, Tensor probs, bool normalize, bool need_x,
                                           bool need_router_weight) {
-  const Tensor x = to_contiguous(x_in);
-  const ScalarType math = math_type(x, router_weight_in);
-  const Tensor router_weight = to_contiguous(router_weight_in, math);
+  const Tensor x = to_contiguous(x_in), router_weight = to_contiguous(router_weight_in, probs.scalar_type());
   const Tensor grad = gate_gradient({grad_weight, grad_probs, grad_logits}, {weight, expert_index, probs}, normalize);
-  const int64_t num_tokens = x.size(0), num_experts = router_weight.size(0), dim = x.size(1);
-  Tensor grad_x = need_x ? empty_tensor(x, {num_tokens, dim}) : nothing(x);
-  Tensor grad_router_weight =
-      need_router_weight ? empty_tensor(router_weight, {num_experts, dim}) : nothing(router_weight);
-  const RouteBackwardArgs args{dtype_of(x),
-                               dtype_of(math),
-                               data(grad),
-                               data(x),
-                               data(router_weight),
-                               num_tokens,
-                               num_experts,
-                               dim,
-                               grad_x.mutable_data_ptr(),
-                               grad_router_weight.mutable_data_ptr()};
-  if (need_x) {
-    parallel_for(num_tokens, kGrainTokens,
-                 [&](int64_t begin, int64_t end) { kernels().route_backward_x(args, begin, end); });
+  RouteGradients out{
+      need_x ? empty_tensor(x, {x.size(0), x.size(1)}) : nothing(x),
+      need_router_weight ? empty_tensor(router_weight, {router_weight.size(0), x.size(1)}) : nothing(router_weight)};
+  if (on_gpu(x)) {
+    route_backward_on_gpu(grad, x, router_weight, out);
+  } else {
+    route_backward_on_cpu(grad, x, router_weight, out);
   }
-  if (need_router_weight) {
-    parallel_for(dim, kGrainColumns,
-                 [&](int64_t begin, int64_t end) { kernels().route_backward_weight(args, begin, end); });
-  }
-  return {grad_x, to_contiguous(grad_router_weight, router_weight_in.scalar_type())};
+  return {out.x, to_contiguous(out.router_weight, router_weight_in.scalar_type())};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(widenet_kernels, CPU, m) {
+WIDENET_OPS(m) {
   m.impl("route", TORCH_BOX(&route));
   m.impl("route_backward", TORCH_BOX(&route_backward));
 }

@@ -28,6 +28,7 @@ def build(sanitize: bool) -> pathlib.Path:
         "WIDENET_OPS": "OFF",
         "WIDENET_TESTING": "ON",
         "WIDENET_SANITIZE": "ON" if sanitize else "OFF",
+        "TORCH_DIR": "" if sanitize else torch.__path__[0],  # without the sanitizers the emulated ops as well
         "CMAKE_CXX_COMPILER": "g++",  # whose sanitizer runtimes test_sanitizers.py asks for
         "CMAKE_MAKE_PROGRAM": ninja,  # an earlier build's may be gone with its environment
         "pybind11_DIR": pybind11.get_cmake_dir(),

@@ -2,8 +2,9 @@
 
 import pytest
 import test_numpy_kernels as shared
+import test_robustness as robustness
 import torch
-from native import DTYPES, Kernels, math_dtype
+from native import DTYPES, Kernels, math_dtype, to_numpy, to_torch
 
 from widenet_kernels.reference.plan import plan_routing
 from widenet_kernels.testing import inputs
@@ -17,6 +18,19 @@ def kernels(request, module):
     module.set_emulator_seed(request.param)
     yield Kernels(module, "cuda")
     module.set_emulator_seed(0)
+
+
+test_gate = shared.test_gate
+test_gate_backward = shared.test_gate_backward
+test_gate_backward_without_some_gradient = shared.test_gate_backward_without_some_gradient
+test_permute = shared.test_permute
+test_combine_without_weight = shared.test_combine_without_weight
+test_combine_backward = shared.test_combine_backward
+test_corrupted_row_choice = robustness.test_corrupted_row_choice
+test_corrupted_choice_row = robustness.test_corrupted_choice_row
+test_corrupted_expert_index = robustness.test_corrupted_expert_index
+test_no_choices_at_all = robustness.test_no_choices_at_all
+test_no_columns = robustness.test_no_columns
 
 
 @shared.of_dtype
@@ -85,3 +99,46 @@ def test_accesses_of_every_width(kernels, dtype, dim, offset):
     weight = inputs.normal(num_tokens, k, seed=2, dtype=math_dtype(dtype))
     expected = Kernels(kernels.module, "baseline").combine(rows, weight, plan.choice_row)
     torch.testing.assert_close(kernels.combine(rows, weight, plan.choice_row), expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 8, 37])
+@shared.of_dtype
+def test_asked_rows(module, kernels, dtype, dim):
+    """x where any gradient of the token is not zero, NaN included; else zeros, whatever x holds."""
+    grad = torch.zeros(70, 40, dtype=math_dtype(dtype))
+    grad[::3, 39], grad[1::5, 7], grad[4, 2] = 1e-30, float("nan"), -0.0
+    asked = (grad != 0).any(dim=1)
+    x = inputs.normal(70, dim, seed=1, dtype=dtype)
+    expected = torch.where(asked[:, None], x, 0).to(grad.dtype)
+    x[~asked] = float("nan")
+    assert_same_bits(to_torch(module.asked_rows(to_numpy(grad), to_numpy(x))), expected)
+
+
+def everything(kernels, dtype):
+    """Every kernel, forward and backward, on sizes of several blocks and parts of blocks."""
+    shape = inputs.Shape(700, 40, 8, 5, 3, 300, "holes", "")
+    x, math = inputs.make_x(shape, dtype=dtype), math_dtype(dtype)
+    weight, index, probs = kernels.gate(inputs.make_logits(shape, dtype=dtype), shape.K, normalize=True)
+    grads = [inputs.normal(*t.shape, seed=seed, dtype=math) for seed, t in enumerate((weight, probs, probs))]
+    yield from (weight, index, probs, kernels.gate_backward(*grads, weight, index, probs, normalize=True))
+    order = weight[:, 0].argsort(stable=True)
+    for capacity, priority in ((None, "token"), (None, "score"), (shape.C, "choice")):
+        plan = kernels.plan_routing(index, shape.E, capacity, priority, order=order if priority == "score" else None)
+        yield from plan
+    choice_row, row_choice, *_ = plan
+    rows = kernels.permute(x, row_choice, shape.K)
+    yield from (rows, kernels.combine(rows, weight, choice_row))
+    yield from kernels.combine_backward(x, rows, weight, choice_row, row_choice)
+
+
+@shared.of_dtype
+def test_any_order_of_threads_and_blocks_gives_the_same_bits(module, dtype):
+    kernels = Kernels(module, "cuda")
+    expected = list(everything(kernels, dtype))
+    try:
+        for seed in range(1, 21):
+            module.set_emulator_seed(seed)
+            for out, first in zip(everything(kernels, dtype), expected, strict=True):
+                assert_same_bits(out, first, f"seed {seed}")
+    finally:
+        module.set_emulator_seed(0)

@@ -36,7 +36,9 @@ def test_round_trip_of_every_pattern(kernels, dtype):
     """grad_rows = 1 * grad: widened, and narrowed again. A NaN stays one, and keeps its sign."""
     halves = all_patterns(dtype).view(256, 256)
     row_choice = torch.arange(256, dtype=torch.int32)
-    out, _ = kernels.combine_backward(halves, torch.zeros_like(halves), torch.ones(256, 1), row_choice)
+    out, _ = kernels.combine_backward(
+        halves, torch.zeros_like(halves), torch.ones(256, 1), row_choice[:, None].contiguous(), row_choice
+    )
     assert_same_patterns(out.view(-1), halves.view(-1))
     assert (out.signbit() == halves.signbit()).all()
 

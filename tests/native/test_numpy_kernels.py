@@ -181,14 +181,14 @@ def test_combine_backward(kernels, shape, dtype, wide):
     rows, grad = make_rows(shape, dtype), inputs.normal(shape.T, shape.D, seed=5, dtype=dtype)
     weight = inputs.make_gate_weight(shape, dtype=math)
     poisoned = inputs.poisoned(rows, inputs.unused_rows(plan))
-    ours = kernels.combine_backward(grad, poisoned, weight, plan.row_choice)
+    ours = kernels.combine_backward(grad, poisoned, weight, plan.choice_row, plan.row_choice)
     plain = combine_backward(grad, rows, weight, plan.choice_row, plan.row_choice, True, True)
     exact = combine_backward(
         grad.double(), rows.double(), weight.double(), plan.choice_row, plan.row_choice, True, True
     )
     for name, *results in zip(("grad_rows", "grad_weight"), ours, plain, exact, strict=True):
         assert_good(*results, name)
-        alone = kernels.combine_backward(grad, poisoned, weight, plan.row_choice, outputs=[name])
+        alone = kernels.combine_backward(grad, poisoned, weight, plan.choice_row, plan.row_choice, outputs=[name])
         assert_same_bits(*(out for out in alone if out is not None), results[0], f"{name} alone")
     assert not ours[0][inputs.unused_rows(plan)].any()
     assert not ours[1][inputs.dropped_choices(plan)].any()

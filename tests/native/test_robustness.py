@@ -30,6 +30,15 @@ def wild_row_choice():
     return corrupted(torch.randint(0, T * K, (num_rows,), dtype=torch.int32), T * K - 1, T * K, T * K + 1)
 
 
+def inverse(row_choice):
+    """choice_row [T, K] as that row_choice would have it; wild for the choices that no row serves."""
+    choice_row = torch.tensor(WILD, dtype=torch.int32).repeat(T * K)[: T * K]
+    for row, choice in enumerate(row_choice.tolist()):
+        if 0 <= choice < T * K:
+            choice_row[choice] = row
+    return choice_row.view(T, K)
+
+
 @of_dtype
 def test_corrupted_row_choice(kernels, dtype):
     """Rows whose choice does not exist are unused: zero in what permute and combine's backward give."""
@@ -41,12 +50,19 @@ def test_corrupted_row_choice(kernels, dtype):
     assert_same_bits(kernels.permute(x, row_choice, K), expected)
 
     rows, weight = inputs.normal(len(row_choice), D, seed=1, dtype=dtype), torch.ones(T, K, dtype=math)
-    grad_rows, grad_weight = kernels.combine_backward(x, rows, weight, row_choice)
+    grad_rows, grad_weight = kernels.combine_backward(x, rows, weight, inverse(row_choice), row_choice)
     assert_same_bits(grad_rows, expected)
     untouched = torch.ones(T * K, dtype=torch.bool).index_fill(0, row_choice[valid].long(), False)
     assert not grad_weight.view(-1)[untouched].any()
     assert grad_weight.isfinite().all()
 
+
+@of_dtype
+def test_corrupted_row_choice_of_weight_gradient(kernels, dtype):
+    row_choice, math = wild_row_choice(), math_dtype(dtype)
+    valid = (row_choice >= 0) & (row_choice < T * K)
+    untouched = torch.ones(T * K, dtype=torch.bool).index_fill(0, row_choice[valid].long(), False)
+    rows = inputs.normal(len(row_choice), D, seed=1, dtype=dtype)
     dot = torch.arange(1, len(row_choice) + 1).to(math)
     out = kernels.weight_gradient(dot, rows, row_choice, T * K, bias=rows[0].clone())
     assert not out[untouched].any()
@@ -95,10 +111,12 @@ def test_no_choices_at_all(kernels):
     """K = 0: every row is unused, nothing is divided by it."""
     row_choice = torch.tensor([-1, 0, 5], dtype=torch.int32)
     assert not kernels.permute(torch.ones(4, 3), row_choice, 0).any()
-    grad_rows, grad_weight = kernels.combine_backward(torch.ones(4, 3), torch.ones(3, 3), torch.empty(4, 0), row_choice)
+    weight, choice_row = torch.empty(4, 0), torch.empty(4, 0, dtype=torch.int32)
+    rows = torch.ones(3, 3)
+    grad_rows, grad_weight = kernels.combine_backward(torch.ones(4, 3), rows, weight, choice_row, row_choice)
     assert not grad_rows.any()
     assert grad_weight.shape == (4, 0)
-    assert not kernels.combine(torch.ones(3, 3), torch.empty(4, 0), torch.empty(4, 0, dtype=torch.int32)).any()
+    assert not kernels.combine(rows, weight, choice_row).any()
 
 
 @of_dtype
@@ -108,9 +126,14 @@ def test_no_columns(kernels, dtype):
     nothing, weight = torch.empty(3, 0, dtype=dtype), torch.ones(3, 1, dtype=math)
     assert kernels.permute(nothing, index, 1).shape == (3, 0)
     assert kernels.combine(nothing, weight, index[:, None].contiguous()).shape == (3, 0)
-    grad_rows, grad_weight = kernels.combine_backward(nothing, nothing, weight, index)
+    grad_rows, grad_weight = kernels.combine_backward(nothing, nothing, weight, index[:, None].contiguous(), index)
     assert grad_rows.shape == (3, 0)
     assert not grad_weight.any()
+
+
+@of_dtype
+def test_no_columns_of_route_and_activation(kernels, dtype):
+    math, nothing = math_dtype(dtype), torch.empty(3, 0, dtype=dtype)
     assert not kernels.route(nothing, torch.empty(2, 0, dtype=math)).any()
     assert (
         kernels.route_backward_weight(torch.ones(3, 2, dtype=math), nothing, torch.empty(2, 0, dtype=math)).numel() == 0
@@ -157,7 +180,7 @@ def run_everything(kernels, dtype):
     bias = inputs.normal(E, D, seed=2, dtype=dtype)
     yield rows
     yield kernels.combine(rows, weight, plan.choice_row, bias=bias, expert_begin=plan.expert_begin)
-    yield from kernels.combine_backward(x, rows, weight, plan.row_choice)
+    yield from kernels.combine_backward(x, rows, weight, plan.choice_row, plan.row_choice)
     z, row_weight = inputs.normal(100, 2 * shape.F, seed=3, dtype=dtype), inputs.normal(100, seed=4, dtype=math)
     for name, grad in (("gelu", z), ("geglu", z[:, : shape.F].contiguous())):
         yield from kernels.activation(z, name, bias=z[0].clone())
