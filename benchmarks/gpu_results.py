@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PARTS = ("speed", "sweeps")  # section -> rows
+VERDICTS = ("smoke", "graph")  # a verdict for each case
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -60,8 +61,9 @@ def summary(results: dict[str, Any]) -> str:
                 continue
             lines.append(f"{part}: {section}")
             lines += [row_line(row) for row in rows]
-    lines.append("smoke")
-    lines += [f"  {row['case']:60} {row['verdict']}" for row in results.get("smoke", [])]
+    for part in VERDICTS:
+        lines.append(part)
+        lines += [f"  {row['case']:60} {row['verdict']}" for row in results.get(part, [])]
     lines.append("stages")
     lines += [
         f"  {name:24} {stage['status']:12} {stage['seconds']:4} of {stage['limit']} s"

@@ -6,20 +6,21 @@
 # OUTDIR gets at most 6 files, each complete up to the last finished step whenever the script is stopped:
 #   results.json   the machine, every number, every stage's status
 #   summary.txt    the same as a table, also printed last
-#   install.log, speed.log (smoke, timings, sweeps), tests.log, sanitizer.log
+#   install.log, speed.log (smoke, graph, timings, sweeps), tests.log, sanitizer.log
 #
 # The most important first; none stops the next; each has its own limit, and 3 s to end once it is reached:
 #
 #   stage        limit  what
-#   install         70  pip install of this checkout, into a temporary folder
-#   install-pure    15  only if that failed: without compiled kernels
-#   smoke           50  every op forward and backward against float64
-#   timings        120  the layer and its stages against copies, dense products and torch's own
-#   tests          115  pytest -m gpu in many processes, the contract of tests/conformance first
-#   sweeps          70  tile sizes for every form of GEMM
+#   install         70  pip install of this checkout, into a temporary folder; CUDA kernels for this device alone
+#   install-pure    12  only if that failed: without compiled kernels
+#   smoke           50  every op of every backend, forward and backward, against float64
+#   graph           30  the whole layer as a CUDA graph, replayed on new data, against eager calls
+#   timings        120  the layer and its stages, by backend, against copies, dense products and torch's own
+#   tests          110  pytest -m gpu in many processes, the contract of tests/conformance first
+#   sweeps          45  tile sizes for every form of GEMM
 #   memcheck        40  compute-sanitizer over a small set
 #   racecheck       20  the same for races, if memcheck could run
-#                  500  + 8 x 3 s; whatever happens, no stage runs past second 525
+#                  497  + 9 x 3 s; whatever happens, no stage runs past second 525
 #
 # A status is ok, failed (exit code), timed out, not there (a tool is missing), refused (the sanitizer cannot watch
 # this device) or no time. PYTHON names the Python that has torch (python3 otherwise); WIDENET_COMMIT the commit, where
@@ -40,9 +41,17 @@ if [ $# -ne 1 ]; then
   exit 64
 fi
 
-if [ ${#smoke[@]} -eq 0 ] && ! timeout -k 1 20 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "on_gpu.sh: there is no GPU that torch can use with $python: nothing was run" >&2
-  exit 2
+if [ ${#smoke[@]} -eq 0 ]; then
+  # kernels for this device alone compile in time; nvcc has a name of its own for all that compute capability 9.0 can do
+  CUDAARCHS=$(timeout -k 1 20 "$python" -c 'import sys, torch
+if not torch.cuda.is_available(): sys.exit(1)
+name = "%d%d" % torch.cuda.get_device_capability()
+print("90a" if name == "90" else name)')
+  if [ -z "$CUDAARCHS" ]; then
+    echo "on_gpu.sh: there is no GPU that torch can use with $python: nothing was run" >&2
+    exit 2
+  fi
+  export CUDAARCHS
 fi
 
 mkdir -p "$1" || exit 1
@@ -52,6 +61,7 @@ trap 'rm -rf "$work" "$out/.results.json.partial"' EXIT
 results=$out/results.json
 rm -f "$results" "$out"/{summary.txt,install.log,speed.log,tests.log,sanitizer.log}
 export PYTHONUNBUFFERED=1
+export PATH=$PATH:/usr/local/cuda/bin # nvcc and compute-sanitizer, where a toolkit is not on it already
 cd "$root" || exit 1
 
 report() { # NAME STATUS SECONDS LIMIT
@@ -92,13 +102,24 @@ absent() { # NAME LIMIT
   report "$1" "$status" 0 "$2"
 }
 
+versions() { # of what the installation uses, found as setup.py finds it
+  local scripts tool
+  scripts=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+  "$python" -m pip --version
+  "$python" -c 'import setuptools; print("setuptools", setuptools.__version__)'
+  for tool in cmake ninja nvcc; do
+    echo "$tool: $(PATH=$scripts:$PATH "$tool" --version 2>&1 | tr '\n' ' ')"
+  done
+  echo "CUDAARCHS: $CUDAARCHS"
+}
+
 install() { # into the temporary folder: the machine's Python stays as it is
-  "$python" -m pip --version >"$out/install.log" 2>&1
+  versions >"$out/install.log" 2>&1
   local pip=("$python" -m pip --disable-pip-version-check install --no-index --no-build-isolation --no-deps)
   stage install 70 install.log "${pip[@]}" --target "$work/site" .
   if [ "$status" != ok ]; then
     rm -rf "$work/site"
-    stage install-pure 15 install.log env WIDENET_NATIVE=OFF "${pip[@]}" --target "$work/site" .
+    stage install-pure 12 install.log env WIDENET_NATIVE=OFF "${pip[@]}" --target "$work/site" .
   fi
   local site=$root
   if [ "$status" = ok ]; then site=$work/site; fi
@@ -107,15 +128,15 @@ install() { # into the temporary folder: the machine's Python stays as it is
 
 run_tests() {
   if ! "$python" -c 'import pytest' 2>/dev/null; then
-    absent tests 115
+    absent tests 110
     return
   fi
-  stage tests 115 tests.log "$python" benchmarks/gpu_tests.py
+  stage tests 110 tests.log "$python" benchmarks/gpu_tests.py
 }
 
 sanitize() {
   local sanitizer
-  sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
+  sanitizer=$(command -v compute-sanitizer)
   if [ -z "$sanitizer" ]; then
     absent memcheck 40
     absent racecheck 20
@@ -134,6 +155,7 @@ sanitize() {
 
 if [ ${#smoke[@]} -gt 0 ]; then
   stage smoke 50 speed.log "$python" benchmarks/gpu_sanitize.py --json "$results" "${smoke[@]}"
+  stage graph 30 speed.log "$python" benchmarks/gpu_graph.py --json "$results" "${smoke[@]}"
   stage timings 120 speed.log "$python" benchmarks/gpu_speed.py "$results" "${smoke[@]}" --only ceilings
   stage fails 5 tests.log "$python" -c 'raise SystemExit(3)'
   stage hangs 5 tests.log "$python" -c 'import time; time.sleep(60)'
@@ -142,9 +164,10 @@ if [ ${#smoke[@]} -gt 0 ]; then
 else
   install
   stage smoke 50 speed.log "$python" benchmarks/gpu_sanitize.py --large --jobs 8 --json "$results"
+  stage graph 30 speed.log "$python" benchmarks/gpu_graph.py --jobs 8 --json "$results"
   stage timings 120 speed.log "$python" benchmarks/gpu_speed.py "$results"
   run_tests
-  stage sweeps 70 speed.log "$python" benchmarks/gpu_speed.py "$results" --sweep
+  stage sweeps 45 speed.log "$python" benchmarks/gpu_speed.py "$results" --sweep
   sanitize
 fi
 "$python" benchmarks/gpu_results.py summary "$results" | tee "$out/summary.txt"

@@ -38,6 +38,7 @@ def test_stages(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert {name: stage["status"] for name, stage in results["stages"].items()} == {
         "smoke": "ok",
+        "graph": "ok",
         "timings": "ok",
         "fails": "failed (3)",
         "hangs": "timed out",
@@ -46,7 +47,9 @@ def test_stages(tmp_path):
     }
     assert done.returncode == 1, done.stderr
     assert results["machine"]["commit"] == "abc"
-    assert all(row["verdict"].startswith("ok") for row in results["smoke"])
+    for part in ("smoke", "graph"):
+        assert all(row["verdict"].startswith("ok") for row in results[part])
+        assert any(row["case"].startswith("triton") for row in results[part])
     assert results["speed"]["ceilings"][0]["gb_per_s"] > 0
     assert (tmp_path / "summary.txt").read_text() in done.stdout
     assert len(list(tmp_path.iterdir())) <= 6
