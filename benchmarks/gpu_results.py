@@ -42,6 +42,7 @@ def row_line(row: dict[str, Any]) -> str:
         ("tflops", "{:7.1f} TFLOP/s"),
         ("share_of_dense", "{:6.3f} of dense"),
         ("gb_per_s", "{:7.0f} GB/s"),
+        ("floor_us", "floor {:8.1f} us"),
         ("share_of_copy", "{:6.3f} of copy"),
         ("speed_of_default", "{:6.3f} of the default's speed"),
         ("relative_error", "error {:.1e}"),

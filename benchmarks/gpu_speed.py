@@ -14,13 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gpu_layers
 import gpu_results
+import gpu_stages
 import torch
 from gpu_layers import FINE_GRAINED, MIXTRAL, WIDENET_B, Case, Inputs, leaves, with_gradients
-from gpu_timing import DENSE, Bench, Work, machine, tensors
+from gpu_timing import DENSE, Bench, Work, machine
 from torch import Tensor
 
 import widenet_kernels as wk
@@ -62,7 +62,8 @@ def layer(bench: Bench, case: Case) -> None:
     for name, peer in gpu_layers.PEERS.items():
         ffn[name] = peer(inputs)
     layers = {name: (function, values, truth) for name, function in ffn.items()}
-    layers["route + moe_ffn"] = (gpu_layers.ours_routed(inputs, bench.backend), routed, truth[:1])
+    layers["route + moe_ffn"] = (gpu_layers.ours_routed(inputs, None), routed, truth[:1])  # each by its best backend
+    layers[f"route + moe_ffn, {bench.backend}"] = (gpu_layers.ours_routed(inputs, bench.backend), routed, truth[:1])
     dense, flops = gpu_layers.Dense(inputs), case.flops(inputs.served)
     about = f"{case.name} layer, {inputs.served} of {case.T * case.K} choices served"
 
@@ -82,94 +83,6 @@ def layer(bench: Bench, case: Case) -> None:
         call = with_gradients(function, arguments, grad)
         works[name] = Work(call, expected, flops=3 * flops, host=host(name))
     bench.measure(f"{about}, forward+backward", works)
-
-
-def routing(bench: Bench, case: Case) -> None:
-    """Gate, plan and route: launches of a few microseconds, so also many in one graph, from a warm cache."""
-    inputs = Inputs(case, bench.device)
-    logits, index = inputs.logits, inputs.gate.expert_index
-    x, router = (t.detach().clone().requires_grad_() for t in (inputs.x, inputs.router))
-    choices, experts = case.T * case.K, case.T * case.E
-    gate_bytes, plan_bytes = 8 * experts + 8 * choices, 8 * choices + 4 * inputs.plan.num_rows
-
-    def gate(backend: str | None = bench.backend) -> tuple:
-        return wk.topk_gate(logits, case.K, normalize=case.normalize, backend=backend)
-
-    def plan(backend: str | None = bench.backend, expert_index: Tensor = index) -> tuple:
-        return wk.plan_routing(expert_index, case.E, inputs.capacity, backend=backend)
-
-    def both(backend: str | None = bench.backend) -> tuple:
-        gated = gate(backend)
-        return gated, plan(backend, gated[1])
-
-    def route(backend: str | None = bench.backend) -> tuple:
-        options = {"normalize": case.normalize, "backend": backend}
-        return wk.route(x, router, case.K, inputs.capacity, **options)
-
-    def route_backward() -> tuple:
-        weight = route()[0].weight
-        return torch.autograd.grad(weight, [x, router], torch.ones_like(weight))
-
-    def truth(call: Callable[[str], Any]) -> list[Tensor]:
-        return [] if bench.fill else tensors(call("reference"))
-
-    forward = torch.no_grad()
-    works = {
-        "gate + plan": Work(forward(both), truth(forward(both)), nbytes=gate_bytes + plan_bytes, host=True),
-        "gate + plan, 20 in one graph": Work(lambda: [forward(both)() for _ in range(20)], repeat=20),
-        "topk_gate": Work(forward(gate), truth(forward(gate)), nbytes=gate_bytes),
-        "plan_routing": Work(plan, truth(plan), nbytes=plan_bytes),
-        "route": Work(forward(route), nbytes=2 * case.T * case.D + gate_bytes + plan_bytes, host=True),
-        "route forward+backward": Work(route_backward),
-    }
-    bench.measure(f"{case.name} routing", works)
-
-
-def movement(bench: Bench, case: Case) -> None:
-    """permute and combine, forward and backward: bytes against those of a copy."""
-    inputs = Inputs(case, bench.device)
-    plan, served, size = inputs.plan, inputs.served * case.D, 2  # bytes of bf16
-    x = inputs.x.detach().requires_grad_()
-    rows = inputs.normal(plan.num_rows, case.D).requires_grad_()
-    weight = inputs.gate.weight.detach().clone().requires_grad_()
-    grad_rows, grad_y = inputs.normal(plan.num_rows, case.D), inputs.normal(case.T, case.D)
-    indices, all_rows, all_tokens = 4 * plan.num_rows, plan.num_rows * case.D, case.T * case.D
-
-    def permute(backend: str | None = bench.backend) -> Tensor:
-        return wk.permute(x, plan, backend=backend)
-
-    def combine(backend: str | None = bench.backend) -> Tensor:
-        return wk.combine(rows, weight, plan, backend=backend)
-
-    def backward(function: Callable[..., Tensor], of: list[Tensor], grad: Tensor, backend: str | None) -> Callable:
-        out = function(backend)
-        return lambda: torch.autograd.grad(out, of, grad, retain_graph=True)
-
-    tokens = plan.row_choice.clamp_min(0) // case.K
-    nbytes = {
-        "permute": size * (all_tokens + all_rows) + indices,
-        "permute backward": size * (served + all_tokens) + 4 * case.T * case.K,
-        "combine": size * (served + all_tokens) + 8 * case.T * case.K,
-        "combine backward": size * (all_tokens + served + all_rows) + indices + 8 * case.T * case.K,
-    }
-
-    def calls(backend: str | None) -> dict[str, Callable[[], Any]]:
-        return {
-            "permute": torch.no_grad()(lambda: permute(backend)),
-            "permute backward": backward(permute, [x], grad_rows, backend),
-            "combine": torch.no_grad()(lambda: combine(backend)),
-            "combine backward": backward(combine, [rows, weight], grad_y, backend),
-        }
-
-    reference = {} if bench.fill else calls("reference")
-    works = {
-        name: Work(call, tensors(reference[name]()) if reference else (), nbytes=nbytes[name], host=True)
-        for name, call in calls(bench.backend).items()
-    }
-    target, source = torch.empty_like(grad_rows), inputs.normal(plan.num_rows, case.D)
-    works["torch.index_select (permute)"] = Work(lambda: inputs.x.index_select(0, tokens), nbytes=nbytes["permute"])
-    works["copy of the rows"] = Work(lambda: target.copy_(source), nbytes=2 * size * all_rows)
-    bench.measure(f"{case.name} movement", works)
 
 
 def gemms(bench: Bench, case: Case) -> None:
@@ -247,12 +160,13 @@ def timings(shrink: Callable[[Case], Case]) -> dict[str, Section]:
     return {
         "ceilings": ceilings,
         "WideNet-B layer": lambda bench: layer(bench, widenet),
-        "WideNet-B routing": lambda bench: routing(bench, widenet),
-        "WideNet-B movement": lambda bench: movement(bench, widenet),
+        "WideNet-B routing": lambda bench: gpu_stages.routing(bench, widenet),
+        "WideNet-B movement": lambda bench: gpu_stages.movement(bench, widenet),
         "WideNet-B gemms": lambda bench: gemms(bench, widenet),
         "Mixtral layer": lambda bench: layer(bench, mixtral),
         "fine-grained layer": lambda bench: layer(bench, fine),
-        "fine-grained routing": lambda bench: routing(bench, fine),
+        "fine-grained routing": lambda bench: gpu_stages.routing(bench, fine),
+        "fine-grained movement": lambda bench: gpu_stages.movement(bench, fine),
     }
 
 
@@ -317,7 +231,7 @@ def main() -> None:
     if not options.fill:
         gpu_results.add(options.results, ("machine",), machine(device, options.commit))
     if device == "cuda" and not options.fill:
-        fill_cache(names, 45)
+        fill_cache(names, 25 if options.sweep else 45)  # of on_gpu.sh's limits
     bench = Bench(options.results, part, device, "triton", options.seconds, options.fill)
     if device == "cpu":
         sys.exit(not run(bench, sections, names))

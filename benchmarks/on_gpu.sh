@@ -155,8 +155,9 @@ sanitize() {
 
 if [ ${#smoke[@]} -gt 0 ]; then
   stage smoke 50 speed.log "$python" benchmarks/gpu_sanitize.py --json "$results" "${smoke[@]}"
-  stage graph 30 speed.log "$python" benchmarks/gpu_graph.py --json "$results" "${smoke[@]}"
-  stage timings 120 speed.log "$python" benchmarks/gpu_speed.py "$results" "${smoke[@]}" --only ceilings
+  stage graph 60 speed.log "$python" benchmarks/gpu_graph.py --json "$results" "${smoke[@]}"
+  stage timings 120 speed.log "$python" benchmarks/gpu_speed.py "$results" "${smoke[@]}" \
+    --only ceilings "WideNet-B routing" "WideNet-B movement"
   stage fails 5 tests.log "$python" -c 'raise SystemExit(3)'
   stage hangs 5 tests.log "$python" -c 'import time; time.sleep(60)'
   stage refuses 5 sanitizer.log bash -c 'echo Device not supported; exit 1'

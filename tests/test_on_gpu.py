@@ -51,5 +51,8 @@ def test_stages(tmp_path):
         assert all(row["verdict"].startswith("ok") for row in results[part])
         assert any(row["case"].startswith("triton") for row in results[part])
     assert results["speed"]["ceilings"][0]["gb_per_s"] > 0
+    for section, stage in (("routing", "route backward"), ("movement", "combine backward")):
+        rows = {row["name"]: row for row in results["speed"][f"WideNet-B {section}"]}
+        assert all(rows[f"{stage}, {backend}"]["host_us"] > 0 for backend in ("reference", "triton"))
     assert (tmp_path / "summary.txt").read_text() in done.stdout
     assert len(list(tmp_path.iterdir())) <= 6
