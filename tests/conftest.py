@@ -1,8 +1,9 @@
 """Which devices and backends the tests run on, and the state that every test starts from and leaves behind.
 
-A test with a ``backend`` argument runs for every backend that serves its module's ``OP`` on this machine. Triton's
-kernels run on a CPU under its interpreter alone, which TRITON_INTERPRET=1 asks for before it is imported: a session
-with it is about them and nothing else, one without it is about all the rest.
+A test with a ``backend`` argument runs for every backend that serves its module's ``OP`` on this machine, and for None
+(the op chooses) on the devices in its module's ``UNNAMED``. Triton's kernels run on a CPU under its interpreter alone,
+which TRITON_INTERPRET=1 asks for before it is imported: a session with it is about them and nothing else, one without
+it is about all the rest.
 """
 
 import os
@@ -42,7 +43,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if "backend" not in names:
             cases.append(pytest.param(device, id=device, marks=marks))
             continue
-        for backend in backends(op, device):
+        unnamed = [None] if device in getattr(metafunc.module, "UNNAMED", ()) else []
+        for backend in backends(op, device) + unnamed:
             values = (device, backend) if "device" in names else (backend,)
             cases.append(pytest.param(*values, id=f"{device}-{backend}", marks=marks))
         if "device" not in names:
