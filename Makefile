@@ -8,9 +8,9 @@ OUT ?= out/digits
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
-SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt requirements-nvcc.txt $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test report bench lint test-install clean
+.PHONY: demo test report bench lint wheel test-install test-abi clean
 
 demo: $(VENV)/installed  ## train a WideNet on real handwritten digits through the compiled ops
 	$(BIN)/python examples/train_digits.py --epochs $(EPOCHS) --out $(OUT)
@@ -34,11 +34,19 @@ lint: $(VENV)/installed
 test-install:  ## build and install the wheel as a user does, with and without compiled kernels
 	PYTHON=$(PYTHON) bash tests/install.sh
 
+wheel: $(VENV)/installed  ## dist/*.whl with the CUDA kernels for every architecture
+	rm -rf dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" WIDENET_CUDA=ON $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+test-abi: wheel  ## that wheel under the torch it was built beside, and under an older one with CUDA's libraries
+	PYTHON=$(PYTHON) bash tests/abi.sh dist/*.whl
+
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch triton setuptools wheel cmake ninja pybind11
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[examples,test,lint]'
+	command -v nvcc || test -x "$$CUDA_HOME/bin/nvcc" || $(PIP) -r requirements-nvcc.txt
+	PATH="$(CURDIR)/$(BIN):$$PATH" WIDENET_CUDA=ON $(PIP) --no-build-isolation -e '.[examples,test,lint]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build out *.egg-info widenet_kernels/_C.so
+	rm -rf $(VENV) build dist out *.egg-info widenet_kernels/_C.so

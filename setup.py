@@ -1,9 +1,15 @@
-"""Drives CMake: configures and builds the op library of CMakeLists.txt and puts it into the package."""
+"""Drives CMake: configures and builds the op library of CMakeLists.txt and puts it into the package.
+
+WIDENET_NATIVE=ON|OFF (with the library or without), WIDENET_CUDA=AUTO|ON|OFF (with the CUDA kernels in it: where an
+nvcc is found, or in any case, or in none) and CUDAARCHS (their architectures) are all that the environment decides.
+"""
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 
 from setuptools import Extension, setup
@@ -11,29 +17,81 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent.resolve()
-NATIVE = os.environ.get("WIDENET_NATIVE", "ON").upper()
-if NATIVE not in ("ON", "OFF"):
-    raise SystemExit(f"WIDENET_NATIVE: expected ON or OFF, got {NATIVE!r}")
+OLDEST_NVCC = (12, 8)  # that knows sm_100 and sm_120
+
+
+def setting(name: str, *values: str) -> str:
+    """Of the environment; the first value is the default."""
+    value = os.environ.get(name, values[0]).upper()
+    if value not in values:
+        raise SystemExit(f"{name}: expected {', '.join(values)}, got {value!r}")
+    return value
+
+
+NATIVE = setting("WIDENET_NATIVE", "ON", "OFF")
+CUDA = setting("WIDENET_CUDA", "AUTO", "ON", "OFF") if NATIVE == "ON" else "OFF"
+
+
+def nvcc_wheels() -> list[str]:
+    lines = (ROOT / "requirements-nvcc.txt").read_text().splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+def tools_path() -> str:
+    """What pip put beside this Python is found even where its environment is not activated."""
+    return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+
+
+def find_nvcc() -> str | None:
+    """In CUDA_HOME, on PATH, or from the compiler's wheels where this Python finds its packages."""
+    wheels = [bin for place in sys.path for bin in sorted(pathlib.Path(place).glob("nvidia/cu*/bin"), reverse=True)]
+    home = os.environ.get("CUDA_HOME")
+    places = [f"{home}/bin" if home else "", tools_path(), *map(str, wheels)]
+    for nvcc in filter(None, (shutil.which("nvcc", path=place) for place in places if place)):
+        text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+        version = re.search(r"release (\d+)\.(\d+)", text)
+        if version and tuple(map(int, version.groups())) >= OLDEST_NVCC:
+            return nvcc
+        print(f"widenet_kernels: {nvcc} is older than CUDA {'.'.join(map(str, OLDEST_NVCC))} and left aside")
+    return None
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import torch
 
-        # tools that pip put beside this Python are found even where its environment is not activated
-        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
-        cmake, ninja = (shutil.which(tool, path=path) for tool in ("cmake", "ninja"))
+        cmake, ninja = (shutil.which(tool, path=tools_path()) for tool in ("cmake", "ninja"))
         if not cmake or not ninja:
             raise SystemExit("widenet_kernels: building the kernels needs cmake and ninja: pip install cmake ninja")
-        build = pathlib.Path(self.build_temp).resolve()
+        nvcc = self.chosen_nvcc()
         settings = {
             "TORCH_DIR": torch.__path__[0],
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": pathlib.Path(self.get_ext_fullpath(ext.name)).resolve().parent,
             "CMAKE_MAKE_PROGRAM": ninja,  # an earlier build's may be gone with its environment
+            "WIDENET_CUDA": "ON" if nvcc else "OFF",
         }
-        definitions = [f"-D{name}={value}" for name, value in settings.items()]
-        subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *definitions], check=True)
-        subprocess.run([cmake, "--build", build], check=True)
+        environment = dict(os.environ)
+        if nvcc:
+            settings["CMAKE_CUDA_COMPILER"] = nvcc
+            # the compiler's wheels have their libraries in lib, where their nvcc does not look
+            places = [str(pathlib.Path(nvcc).parents[1] / "lib"), os.environ.get("LIBRARY_PATH", "")]
+            environment["LIBRARY_PATH"] = os.pathsep.join(filter(None, places))
+        build = ROOT / "build" / "ops"  # kept: what has not changed is not compiled again
+        definitions = ["-UCMAKE_CUDA_ARCHITECTURES"]  # CUDAARCHS decides every time anew
+        definitions += [f"-D{name}={value}" for name, value in settings.items()]
+        for command in ([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *definitions], [cmake, "--build", build]):
+            subprocess.run(command, env=environment, check=True)
+
+    @staticmethod
+    def chosen_nvcc() -> str | None:
+        nvcc = None if CUDA == "OFF" else find_nvcc()
+        if CUDA == "ON" and nvcc is None:
+            raise SystemExit(
+                "widenet_kernels: WIDENET_CUDA=ON needs an nvcc of CUDA 12.8 or later: install the CUDA toolkit and "
+                f"set CUDA_HOME, or pip install {' '.join(nvcc_wheels())}"
+            )
+        print(f"widenet_kernels: CUDA kernels: {f'by {nvcc}' if nvcc else 'none'}")
+        return nvcc
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"  # no Python in it, so no Python version in its name
@@ -47,4 +105,6 @@ class PlatformWheel(bdist_wheel):
 setup(
     ext_modules=[Extension("widenet_kernels._C", [])] if NATIVE == "ON" else [],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+    # asked for by name and not there: with build isolation pip fetches the compiler for this build alone
+    setup_requires=nvcc_wheels() if CUDA == "ON" and find_nvcc() is None else [],
 )

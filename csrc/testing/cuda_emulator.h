@@ -69,12 +69,18 @@ struct Wait {
 
 struct Fibre {
   ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
   void* fake_stack = nullptr;  // AddressSanitizer's
   Wait wait;
   std::array<uint64_t, kLanes> values;  // of the lanes that met, by lane
   bool done = false;
 };
+
+// A thread's stack, which launch after launch uses again.
+inline char* stack_of(size_t thread) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() <= thread) stacks.emplace_back(new char[kStackBytes]);
+  return stacks[thread].get();
+}
 
 class Block {
  public:
@@ -90,7 +96,7 @@ class Block {
   // One block from beginning to end.
   void run(const std::function<void()>& kernel, std::mt19937_64& random) {
     kernel_ = &kernel;
-    for (Fibre& fibre : fibres_) start(fibre);
+    for (unsigned thread : order_) start(fibres_[thread], stack_of(thread));
     for (size_t running = fibres_.size(); running;) {
       if (seed) std::shuffle(order_.begin(), order_.end(), random);
       for (unsigned thread : order_) {
@@ -127,12 +133,12 @@ class Block {
     return std::string(name_) + ", block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ")";
   }
 
-  void start(Fibre& fibre) {
+  void start(Fibre& fibre, char* stack) {
     fibre.done = false;
     fibre.wait = {};
     fibre.fake_stack = nullptr;
     getcontext(&fibre.context);
-    fibre.context.uc_stack = {.ss_sp = fibre.stack.get(), .ss_flags = 0, .ss_size = kStackBytes};
+    fibre.context.uc_stack = {.ss_sp = stack, .ss_flags = 0, .ss_size = kStackBytes};
     fibre.context.uc_link = nullptr;
     makecontext(&fibre.context, &Block::body, 0);
   }
@@ -155,7 +161,7 @@ class Block {
     Fibre& fibre = fibres_[thread];
     running_ = thread;
     threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y};
-    WIDENET_START_SWITCH(&host_fake_stack_, fibre.stack.get(), kStackBytes);
+    WIDENET_START_SWITCH(&host_fake_stack_, fibre.context.uc_stack.ss_sp, kStackBytes);
     swapcontext(&host_, &fibre.context);
     WIDENET_FINISH_SWITCH(host_fake_stack_, nullptr, nullptr);
     if (error_.size()) throw std::runtime_error(error_);

@@ -24,14 +24,14 @@ int driver_version() {
   return get && get(&number) == 0 ? number : 0;
 }
 
-std::string find_cuda_problem() {
+// Why the CUDA kernels cannot be used here; empty if they can.
+std::string cuda_problem() {
   if (!kToolkit) return "this installation was built without CUDA kernels";
   const int driver = driver_version();
   if (!driver) return "there is no NVIDIA driver (libcuda.so.1)";
-  if (driver / 1000 >= kToolkit / 1000)
-    return "";  // within a major version every driver runs every minor one's kernels
+  if (driver >= kToolkit) return "";
   return "the driver serves CUDA " + version(driver) + ", the kernels were built with " + version(kToolkit) +
-         ": update the driver, or build with an older toolkit";
+         ": update the driver or build with an older nvcc";
 }
 
 // Of libtorch_cuda, which a torch for CPUs does not have.
@@ -46,10 +46,7 @@ CurrentStream find_current_stream() {
 
 }  // namespace
 
-const std::string& cuda_problem() {
-  static const std::string problem = find_cuda_problem();
-  return problem;
-}
+bool built_with_cuda() { return kToolkit; }
 
 bool on_gpu(const Tensor& t) { return t.is_cuda(); }
 
@@ -64,11 +61,20 @@ void on_stream(const Tensor& t, const std::function<void(cudaStream_t)>& f) {
 
 }  // namespace widenet
 
-// For Python to read, by ctypes: what this library was built with, as JSON.
+// For Python to read, by ctypes: what was built in, and what it finds here, as JSON.
 extern "C" __attribute__((visibility("default"))) const char* widenet_build_info() {
   using namespace widenet;
-  static const std::string info = std::string("{\"stable_abi\": \"2.10\", \"cuda_toolkit\": \"") +
-                                  (kToolkit ? version(kToolkit) : "") + "\", \"cuda_architectures\": \"" +
-                                  kArchitectures + "\", \"cuda_problem\": \"" + cuda_problem() + "\"}";
+  static const std::string info = [] {
+    const std::pair<const char*, std::string> fields[] = {{"stable_abi", "2.10"},
+                                                          {"cpu_level", kernels().level},
+                                                          {"cuda_toolkit", kToolkit ? version(kToolkit) : ""},
+                                                          {"cuda_architectures", kArchitectures},
+                                                          {"cuda_problem", cuda_problem()}};
+    std::string text;
+    for (const auto& [name, value] : fields) {
+      text += (text.empty() ? "{\"" : ", \"") + std::string(name) + "\": \"" + value + "\"";
+    }
+    return text + "}";
+  }();
   return info.c_str();
 }

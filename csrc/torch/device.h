@@ -27,15 +27,14 @@ void run(const Tensor& t, CpuKernel<Args> cpu, CudaKernel<Args> cuda, const Args
   }
 }
 
-// Why the CUDA kernels cannot be used here; empty if they can.
-const std::string& cuda_problem();
+bool built_with_cuda();
 
-// Registers a stage's ops, the same functions for every device whose kernels are there.
+// Registers a stage's ops, the same functions for every device whose kernels were built.
 #define WIDENET_OPS(m)                                                    \
   static void register_ops(torch::stable::detail::StableLibrary& m);      \
   STABLE_TORCH_LIBRARY_IMPL(widenet_kernels, CPU, m) { register_ops(m); } \
   STABLE_TORCH_LIBRARY_IMPL(widenet_kernels, CUDA, m) {                   \
-    if (cuda_problem().empty()) register_ops(m);                          \
+    if (built_with_cuda()) register_ops(m);                               \
   }                                                                       \
   static void register_ops(torch::stable::detail::StableLibrary& m)
 

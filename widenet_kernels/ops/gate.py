@@ -102,5 +102,5 @@ def topk_gate(
         check_float("topk_gate", "noise", noise)
         check_device("topk_gate", "noise", noise, "logits", logits)
         noise = noise.detach()
-    ops = ops_for("topk_gate", backend, logits, logits.dtype)
+    ops = ops_for("topk_gate", backend, logits, logits.dtype, logits.shape[1])
     return Gate(*ops.topk_gate(logits, k, noise, normalize))

@@ -95,5 +95,5 @@ def plan_routing(
         score = weight.detach()[:, 0]
     if expert_index.dtype != torch.int32:
         expert_index = expert_index.to(torch.int64)  # the kernels take int32 and int64 and check before narrowing
-    ops = ops_for("plan_routing", backend, expert_index)
+    ops = ops_for("plan_routing", backend, expert_index, torch.float32, num_experts)
     return as_plan(ops.plan_routing(expert_index, num_experts, capacity, priority, score), num_experts, capacity)

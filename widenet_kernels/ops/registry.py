@@ -8,27 +8,24 @@ Every op is defined once per backend, in a namespace of its own with the same sc
 import contextlib
 import functools
 import importlib
-import pathlib
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from widenet_kernels.ops import library as native
+
 NAMESPACES = {
-    "native": "widenet_kernels",
+    "native": native.NAMESPACE,
     "triton": "widenet_kernels_triton",
     "reference": "widenet_kernels_reference",
 }
 BACKENDS = tuple(NAMESPACES)
 PUBLIC_OPS = ("topk_gate", "plan_routing", "route", "permute", "grouped_gemm", "combine", "moe_ffn")
-LIBRARY_FILE = pathlib.Path(__file__).parent.parent / "_C.so"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _libraries = {name: torch.library.Library(name, "FRAGMENT") for name in NAMESPACES.values()}
-_native: set[tuple[str, str]] = set()  # (op, device type) pairs that the compiled library serves
-_load_error: str | None = "the library has not been loaded yet"
 
 
 def define_op(
@@ -97,53 +94,14 @@ def _no_double_backward(name: str, ctx: Any, *grads: Tensor | None) -> None:
     )
 
 
-def load_library() -> None:
-    """Load the compiled kernels; where that fails, keep the reason and warn once unless none were built."""
-    global _load_error
-    if not LIBRARY_FILE.exists():
-        _load_error = "this installation was built without compiled kernels (WIDENET_NATIVE=OFF)"
-        return
-    try:
-        torch.ops.load_library(str(LIBRARY_FILE))
-    except (OSError, RuntimeError) as error:
-        _load_error = f"{LIBRARY_FILE.name} could not be loaded: {error.__cause__ or error}"
-        warnings.warn(
-            f"widenet_kernels runs on the CPU by its slow reference: {_load_error}", RuntimeWarning, stacklevel=2
-        )
-        return
-    _load_error = None
-    namespace = NAMESPACES["native"]
-    for qualified in torch._C._dispatch_get_all_op_names():
-        space, _, name = qualified.partition("::")
-        if space == namespace:
-            for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
-                if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
-                    _native.add((name, device))
-
-
-def build_info() -> dict[str, Any]:
-    """What this installation has: ``native`` (is the compiled library loaded), ``reason`` if not, its ops."""
-    from widenet_kernels import __version__
-
-    return {
-        "version": __version__,
-        "native": _load_error is None,
-        "reason": _load_error,
-        "library": str(LIBRARY_FILE) if LIBRARY_FILE.exists() else None,
-        "torch": torch.__version__,
-        "native_ops": {
-            device: sorted(op for op, served in _native if served == device)
-            for device in sorted({device for _, device in _native})
-        },
-    }
-
-
-def _why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype, num_experts: int = 1) -> str | None:
     """The reason why this backend cannot serve the op here, or None if it can."""
     if dtype not in FLOATS:
         return f"{dtype} is not one of {', '.join(str(d) for d in FLOATS)}"
-    if backend == "native" and (op, device.type) not in _native:
-        return _load_error or f"the compiled library has no {op} for device type {device.type!r}"
+    if backend == "native":
+        if device.type != "cpu" and num_experts > native.MOST_EXPERTS_ON_GPU:
+            return f"its kernels for a GPU take up to {native.MOST_EXPERTS_ON_GPU:,} experts, got {num_experts:,}"
+        return native.why_not(op, device)
     if backend == "triton":
         from widenet_kernels import triton
 
@@ -165,18 +123,20 @@ def available_backends(op: str, device: str | torch.device, dtype: torch.dtype =
     if op not in PUBLIC_OPS:
         raise ValueError(f"available_backends: op: expected one of {', '.join(PUBLIC_OPS)}, got {op!r}")
     device = torch.device(device)
-    return tuple(name for name in _ranked(device) if _why_not(name, op, device, dtype) is None)
+    return tuple(name for name in _ranked(device) if why_not(name, op, device, dtype) is None)
 
 
-def ops_for(op: str, backend: str | None, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Any:
+def ops_for(
+    op: str, backend: str | None, tensor: Tensor, dtype: torch.dtype = torch.float32, num_experts: int = 1
+) -> Any:
     """The namespace whose kernels serve this call; an explicit backend never falls through to another."""
-    device = tensor.device
+    call = op, tensor.device, dtype, num_experts
     if backend is None:
-        backend = next(name for name in _ranked(device) if _why_not(name, op, device, dtype) is None)
+        backend = next(name for name in _ranked(tensor.device) if why_not(name, *call) is None)
     elif backend not in BACKENDS:
         raise ValueError(f"{op}: backend: expected None, 'native', 'triton' or 'reference', got {backend!r}")
     else:
-        reason = _why_not(backend, op, device, dtype)
+        reason = why_not(backend, *call)
         if reason is not None:
             raise ValueError(f"{op}: backend: {backend!r} cannot serve this call: {reason}")
     return getattr(torch.ops, NAMESPACES[backend])

@@ -152,7 +152,7 @@ def route(
         check_device("route", "mask", mask, "x", x)
         if mask.dtype != torch.bool:
             raise wrong_type("route", "mask", "torch.bool", mask.dtype)
-    ops = ops_for("route", backend, x, x.dtype)
+    ops = ops_for("route", backend, x, x.dtype, num_experts)
     weight, expert_index, probs, logits, *plan = ops.route(
         x, router_weight, k, capacity, noise, normalize, priority, mask
     )

@@ -1,0 +1,80 @@
+"""The command line: ``python -m widenet_kernels info``."""
+
+import argparse
+import platform
+from collections import defaultdict
+from importlib import metadata
+
+import torch
+
+from widenet_kernels.ops.library import build_info
+from widenet_kernels.ops.registry import BACKENDS, PUBLIC_OPS, available_backends, why_not
+
+
+def print_info() -> None:
+    """What was built in, which backend each op takes on each device of this machine, and why not another."""
+    built = build_info()
+    packages = ", ".join(f"{name} {version_of(name)}" for name in ("torch", "triton", "numpy"))
+    print(f"widenet_kernels {built['version']}, Python {platform.python_version()}, {packages}")
+    if built["native"]:
+        print(f"library       {built['library']}, on the stable ABI of LibTorch {built['stable_abi']}")
+        print(f"CPU kernels   baseline, avx2, avx512; this CPU runs {built['cpu_level']}")
+        print(f"CUDA kernels  {cuda_kernels(built)}")
+    else:
+        print(f"library       none: {built['reason']}")
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    for device in devices[1:]:
+        major, minor = torch.cuda.get_device_capability(device)
+        print(f"{device}        {torch.cuda.get_device_name(device)}, compute capability {major}.{minor}")
+    if len(devices) == 1:
+        print("GPUs          none that torch can use")
+
+    print(f"\n{'op':14}{'native kernels for':20}" + "".join(f"{f'takes on {device}':20}" for device in devices))
+    for op in PUBLIC_OPS:
+        native = ", ".join(device for device, ops in built["native_ops"].items() if op in ops) or "-"
+        print(f"{op:14}{native:20}" + "".join(f"{available_backends(op, device)[0]:20}" for device in devices))
+    print("\nnot available")
+    for (backend, where, reason), ops in absent(devices).items():
+        print(f"  {backend} on {where}: {reason} ({'every op' if len(ops) == len(PUBLIC_OPS) else ', '.join(ops)})")
+
+
+def cuda_kernels(built: dict) -> str:
+    if not built["cuda_toolkit"]:
+        return "none"
+    names = built["cuda_architectures"].split(",")
+    machine_code = [name.removesuffix("-real") for name in names if not name.endswith("-virtual")]
+    ptx = [name.removesuffix("-virtual") for name in names if not name.endswith("-real")]
+    text = f"by CUDA {built['cuda_toolkit']} for sm_{', sm_'.join(machine_code)}"
+    text += f" and as PTX of compute_{', compute_'.join(ptx)}" if ptx else ""
+    return f"{text}; not used here: {built['cuda_problem']}" if built["cuda_problem"] else text
+
+
+def absent(devices: list[torch.device]) -> dict[tuple[str, str, str], list[str]]:
+    """(backend, device, reason) -> the ops that it keeps this backend from serving there."""
+    reasons = defaultdict(list)
+    for device in devices:
+        for backend in BACKENDS:
+            for op in PUBLIC_OPS:
+                reason = why_not(backend, op, device, torch.float32)
+                if reason is not None:
+                    reasons[backend, str(device), reason].append(op)
+    return reasons
+
+
+def version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m widenet_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what was built in, and what this machine uses and why")
+    parser.parse_args()
+    print_info()
+
+
+if __name__ == "__main__":
+    main()
