@@ -15,7 +15,7 @@ for torch in 2.13.0 2.11.0; do
   "$PYTHON" -m venv "$work/venv-$torch"
   pip=("$work/venv-$torch/bin/python" -m pip --disable-pip-version-check -q install)
   "${pip[@]}" "torch==$torch" numpy pytest pytest-xdist hypothesis mpmath
-  "${pip[@]}" --no-deps --no-index "$wheel"
+  "${pip[@]}" "$wheel"
   cd "$work"
   "venv-$torch/bin/python" -W error -m widenet_kernels info
   "venv-$torch/bin/python" -m pytest -q -n 2 tests/ops tests/nn tests/models tests/conformance tests/test_routing.py

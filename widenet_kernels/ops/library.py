@@ -1,7 +1,6 @@
 """The compiled library ``_C.so``: loaded once, and what it says of itself and of this machine."""
 
 import ctypes
-import functools
 import json
 import pathlib
 import warnings
@@ -52,45 +51,11 @@ def why_not(op: str, device: torch.device) -> str | None:
     """The reason why the library cannot serve ``op`` on ``device``, or None if it can."""
     if (op, device.type) not in _kernels:
         return _load_error or f"the compiled library has no {op} for device type {device.type!r}"
-    return None if device.type == "cpu" else _why_not_on_gpu(device)
-
-
-@torch.compiler.assume_constant_result
-def _why_not_on_gpu(device: torch.device) -> str | None:
-    return _built["cuda_problem"] or _reason(device)
-
-
-@functools.cache
-def _reason(device: torch.device) -> str | None:
-    if not torch.cuda.is_available():
-        return "there is no GPU that torch can use"
-    capability = torch.cuda.get_device_capability(device)
-    architectures = _built["cuda_architectures"]
-    if serves(architectures, capability):
+    if device.type == "cpu":
         return None
-    major, minor = capability
-    return f"the kernels were built for {architectures}, this device has compute capability {major}.{minor}"
+    from widenet_kernels.ops import gpu  # when a GPU asks: it imports torch's compiler, which takes a second
 
-
-def serves(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether kernels for these architectures, as CUDAARCHS names them, run on a device of this compute capability.
-
-    Machine code runs within its major version from its minor version on, PTX from its version on; with the suffix a
-    both run on exactly that device, with f within its major version.
-    """
-    for name in architectures.split(","):
-        number, _, form = name.partition("-")
-        suffix = number.lstrip("0123456789")
-        version = divmod(int(number.removesuffix(suffix)), 10)
-        if suffix == "a":
-            good = version == capability
-        elif suffix or form == "real":
-            good = version[0] == capability[0] and version[1] <= capability[1]
-        else:
-            good = version <= capability
-        if good:
-            return True
-    return False
+    return gpu.why_not(device, _built["cuda_problem"], _built["cuda_architectures"])
 
 
 def build_info() -> dict[str, Any]:
