@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -22,14 +23,14 @@ OLDEST_NVCC = (12, 8)  # that knows sm_100 and sm_120
 
 def setting(name: str, *values: str) -> str:
     """Of the environment; the first value is the default."""
-    value = os.environ.get(name, values[0]).upper()
+    value = (os.environ.get(name) or values[0]).upper()
     if value not in values:
         raise SystemExit(f"{name}: expected {', '.join(values)}, got {value!r}")
     return value
 
 
 NATIVE = setting("WIDENET_NATIVE", "ON", "OFF")
-CUDA = setting("WIDENET_CUDA", "AUTO", "ON", "OFF") if NATIVE == "ON" else "OFF"
+CUDA = setting("WIDENET_CUDA", "AUTO", "ON", "OFF")
 
 
 def nvcc_wheels() -> list[str]:
@@ -42,17 +43,17 @@ def tools_path() -> str:
     return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 
-def find_nvcc() -> str | None:
-    """In CUDA_HOME, on PATH, or from the compiler's wheels where this Python finds its packages."""
+def find_nvcc() -> tuple[str, str] | None:
+    """Its path and version: in CUDA_HOME, on PATH, or from the compiler's wheels where Python finds its packages."""
     wheels = [bin for place in sys.path for bin in sorted(pathlib.Path(place).glob("nvidia/cu*/bin"), reverse=True)]
     home = os.environ.get("CUDA_HOME")
     places = [f"{home}/bin" if home else "", tools_path(), *map(str, wheels)]
     for nvcc in filter(None, (shutil.which("nvcc", path=place) for place in places if place)):
-        text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
-        version = re.search(r"release (\d+)\.(\d+)", text)
-        if version and tuple(map(int, version.groups())) >= OLDEST_NVCC:
-            return nvcc
-        print(f"widenet_kernels: {nvcc} is older than CUDA {'.'.join(map(str, OLDEST_NVCC))} and left aside")
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        version = re.search(r"release (\d+)\.(\d+), V([\d.]+)", text)
+        if version and tuple(map(int, version.group(1, 2))) >= OLDEST_NVCC:
+            return nvcc, version[3]
+        print(f"widenet_kernels: {nvcc} is not of CUDA {'.'.join(map(str, OLDEST_NVCC))} or later and left aside")
     return None
 
 
@@ -63,7 +64,7 @@ class CMakeBuild(build_ext):
         cmake, ninja = (shutil.which(tool, path=tools_path()) for tool in ("cmake", "ninja"))
         if not cmake or not ninja:
             raise SystemExit("widenet_kernels: building the kernels needs cmake and ninja: pip install cmake ninja")
-        nvcc = self.chosen_nvcc()
+        nvcc, version = self.chosen_nvcc()
         settings = {
             "TORCH_DIR": torch.__path__[0],
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": pathlib.Path(self.get_ext_fullpath(ext.name)).resolve().parent,
@@ -76,22 +77,24 @@ class CMakeBuild(build_ext):
             # the compiler's wheels have their libraries in lib, where their nvcc does not look
             places = [str(pathlib.Path(nvcc).parents[1] / "lib"), os.environ.get("LIBRARY_PATH", "")]
             environment["LIBRARY_PATH"] = os.pathsep.join(filter(None, places))
-        build = ROOT / "build" / "ops"  # kept: what has not changed is not compiled again
+        # kept, one for each compiler: what has not changed is not compiled again
+        build = ROOT / "build" / f"ops-{zlib.crc32(f'{nvcc} {version}'.encode()):08x}"
         definitions = ["-UCMAKE_CUDA_ARCHITECTURES"]  # CUDAARCHS decides every time anew
         definitions += [f"-D{name}={value}" for name, value in settings.items()]
         for command in ([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *definitions], [cmake, "--build", build]):
             subprocess.run(command, env=environment, check=True)
 
     @staticmethod
-    def chosen_nvcc() -> str | None:
-        nvcc = None if CUDA == "OFF" else find_nvcc()
-        if CUDA == "ON" and nvcc is None:
+    def chosen_nvcc() -> tuple[str, str]:
+        """Path and version, both empty for none."""
+        found = None if CUDA == "OFF" else find_nvcc()
+        if CUDA == "ON" and found is None:
             raise SystemExit(
                 "widenet_kernels: WIDENET_CUDA=ON needs an nvcc of CUDA 12.8 or later: install the CUDA toolkit and "
                 f"set CUDA_HOME, or pip install {' '.join(nvcc_wheels())}"
             )
-        print(f"widenet_kernels: CUDA kernels: {f'by {nvcc}' if nvcc else 'none'}")
-        return nvcc
+        print(f"widenet_kernels: CUDA kernels: {'by {}, {}'.format(*found) if found else 'none'}")
+        return found or ("", "")
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"  # no Python in it, so no Python version in its name
@@ -106,5 +109,5 @@ setup(
     ext_modules=[Extension("widenet_kernels._C", [])] if NATIVE == "ON" else [],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
     # asked for by name and not there: with build isolation pip fetches the compiler for this build alone
-    setup_requires=nvcc_wheels() if CUDA == "ON" and find_nvcc() is None else [],
+    setup_requires=nvcc_wheels() if (NATIVE, CUDA) == ("ON", "ON") and find_nvcc() is None else [],
 )

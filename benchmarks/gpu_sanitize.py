@@ -157,7 +157,8 @@ def main() -> None:
     options = parser.parse_args()
     device = gpu_verdicts.device_of(options)
     cases = TINY if options.cpu_smoke else SMALL + (LARGE if options.large else ())
-    backends = [name for name in wk.available_backends("route", device) if name != "reference"]
+    there = wk.available_backends("route", device)
+    backends = [name for name in ("native", "triton") if device == "cuda" or name in there]  # a GPU must have both
     every = [case._replace(backend=backend) for backend in backends for case in cases]
     gpu_verdicts.report("smoke", check, every, device, options)
 

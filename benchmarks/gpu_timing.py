@@ -221,7 +221,8 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "widenet_kernels": wk.__version__,
-        "native": ",".join(wk.build_info()["native_ops"]) or None,  # the devices that have compiled kernels
+        "route": ",".join(wk.available_backends("route", device)),  # the backends that serve it, best first
+        "cuda_problem": wk.build_info().get("cuda_problem"),
         "commit": commit or _said("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
         "date": datetime.date.today().isoformat(),
     }

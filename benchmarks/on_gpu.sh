@@ -116,7 +116,7 @@ versions() { # of what the installation uses, found as setup.py finds it
 install() { # into the temporary folder: the machine's Python stays as it is
   versions >"$out/install.log" 2>&1
   local pip=("$python" -m pip --disable-pip-version-check install --no-index --no-build-isolation --no-deps)
-  stage install 70 install.log "${pip[@]}" --target "$work/site" .
+  stage install 70 install.log env WIDENET_CUDA=ON "${pip[@]}" --target "$work/site" .
   if [ "$status" != ok ]; then
     rm -rf "$work/site"
     stage install-pure 12 install.log env WIDENET_NATIVE=OFF "${pip[@]}" --target "$work/site" .

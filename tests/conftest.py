@@ -25,9 +25,11 @@ if INTERPRETED:
 
 
 def backends(op: str, device: str) -> list[str]:
-    """What is available, and "native" wherever a library was built: one that cannot be loaded fails, not vanishes."""
+    """What is available, and "native" wherever it was built: what cannot be loaded or used fails, not vanishes."""
     names = list(wk.available_backends(op, device))
-    if device == "cpu" and wk.build_info()["library"] is not None and "native" not in names:
+    info = wk.build_info()
+    built = op in info["native_ops"].get(device, ()) or (device == "cpu" and info["library"] is not None)
+    if built and "native" not in names:
         names.insert(0, "native")
     return names
 

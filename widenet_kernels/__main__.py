@@ -40,12 +40,12 @@ def print_info() -> None:
 
 def cuda_kernels(built: dict) -> str:
     if not built["cuda_toolkit"]:
-        return "none"
+        return "none (WIDENET_CUDA=ON pip install . builds them)"
     names = built["cuda_architectures"].split(",")
     machine_code = [name.removesuffix("-real") for name in names if not name.endswith("-virtual")]
     ptx = [name.removesuffix("-virtual") for name in names if not name.endswith("-real")]
-    text = f"by CUDA {built['cuda_toolkit']} for sm_{', sm_'.join(machine_code)}"
-    text += f" and as PTX of compute_{', compute_'.join(ptx)}" if ptx else ""
+    forms = [f"sm_{name}" for name in machine_code] + [f"PTX of compute_{name}" for name in ptx]
+    text = f"by CUDA {built['cuda_toolkit']}: {', '.join(forms)}"
     return f"{text}; not used here: {built['cuda_problem']}" if built["cuda_problem"] else text
 
 

@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(kThreads) combine_backward_kernel(CombineBackw
   if (row >= num_rows) return clear_dropped<A>(args, (row - num_rows) * kLanes + threadIdx.x % kLanes, num_rows);
   const int64_t choice = args.row_choice[row], pieces = args.dim / kColumns;
   const bool used = choice >= 0 && choice < args.num_tokens * args.k;
+  const bool owns = args.grad_weight && used && args.choice_row[choice] == row;  // even in a plan that is none
   const A weight = used ? static_cast<const A*>(args.weight)[choice] : A{0};
   const int64_t token = used ? token_of(choice, args.k) : 0;
   A dot = 0;
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) combine_backward_kernel(CombineBackw
     if (args.grad_rows) static_cast<Columns*>(args.grad_rows)[row * pieces + piece] = out;
   }
   dot = group_sum<kLanes>(dot);
-  if (args.grad_weight && used && threadIdx.x % kLanes == 0) static_cast<A*>(args.grad_weight)[choice] = dot;
+  if (owns && threadIdx.x % kLanes == 0) static_cast<A*>(args.grad_weight)[choice] = dot;
 }
 
 template <class T, class A>

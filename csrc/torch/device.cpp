@@ -26,7 +26,7 @@ int driver_version() {
 
 // Why the CUDA kernels cannot be used here; empty if they can.
 std::string cuda_problem() {
-  if (!kToolkit) return "this installation was built without CUDA kernels";
+  if (!kToolkit) return "the library was built without CUDA kernels";
   const int driver = driver_version();
   if (!driver) return "there is no NVIDIA driver (libcuda.so.1)";
   if (driver >= kToolkit) return "";

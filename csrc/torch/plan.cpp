@@ -18,10 +18,10 @@ int32_t* output(const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_p
 // The tokens as a score takes them, the highest first: ascending order puts NaN last, and the sort is stable.
 Tensor order_of(const Tensor& score) {
   std::array<StableIValue, 1> negated{torch::stable::detail::from(score)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::neg", "", negated.data(), TORCH_ABI_VERSION));
+  call_torch("plan_routing", "aten::neg", "", negated.data());
   std::array<StableIValue, 4> sorted{negated[0], torch::stable::detail::from(true),
                                      torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::argsort", "stable", sorted.data(), TORCH_ABI_VERSION));
+  call_torch("plan_routing", "aten::argsort", "stable", sorted.data());
   return torch::stable::detail::to<Tensor>(sorted[0]);
 }
 

@@ -12,17 +12,17 @@ constexpr int64_t kGrainColumns = 64;
 using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Torch's GEMM, as the out= form: autocast leaves that one alone.
-void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+void mm_out(const char* op, const Tensor& out, const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  call_torch(op, "aten::mm", "out", stack.data());
   torch::stable::detail::to<Tensor>(stack[0]);  // out again, which is owned here now
 }
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 
 void find_logits(const Tensor& x, const Tensor& router_weight, const Tensor& logits) {
-  if (on_gpu(x)) return mm_out(logits, to_contiguous(x, logits.scalar_type()), transposed(router_weight));
+  if (on_gpu(x)) return mm_out("route", logits, to_contiguous(x, logits.scalar_type()), transposed(router_weight));
   const RouteArgs args{
       dtype_of(x),           dtype_of(logits),         data(x), data(router_weight), router_weight.size(0),
       router_weight.size(1), logits.mutable_data_ptr()};
@@ -74,16 +74,17 @@ void route_backward_on_cpu(const Tensor& grad, const Tensor& x, const Tensor& ro
 void route_backward_on_gpu(const Tensor& grad, const Tensor& x, const Tensor& router_weight, RouteGradients& out) {
   const ScalarType math = grad.scalar_type();
   if (out.x.numel()) {
-    const Tensor grad_x = x.scalar_type() == math ? out.x : empty_tensor(grad, {x.size(0), x.size(1)});
-    mm_out(grad_x, grad, router_weight);
-    out.x = to_contiguous(grad_x, x.scalar_type());
+    const bool same = x.scalar_type() == math;
+    const Tensor grad_x = same ? out.x : empty_tensor(grad, {x.size(0), x.size(1)});
+    mm_out("route_backward", grad_x, grad, router_weight);
+    if (!same) torch::stable::copy_(out.x, grad_x);
   }
   if (out.router_weight.numel()) {
     const Tensor asked = empty_tensor(grad, {x.size(0), x.size(1)});
     const cuda::AskedRowsArgs args{dtype_of(x), dtype_of(math),          data(grad), data(x), grad.size(1),
                                    x.size(1),   asked.mutable_data_ptr()};
     on_stream(x, [&](cudaStream_t stream) { cuda::asked_rows(args, x.size(0), stream); });
-    mm_out(out.router_weight, transposed(grad), asked);
+    mm_out("route_backward", out.router_weight, transposed(grad), asked);
   }
 }
 

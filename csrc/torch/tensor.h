@@ -1,6 +1,7 @@
 // What every op needs of LibTorch's stable ABI: tensors as pointers, dtypes, new tensors.
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -47,6 +48,14 @@ inline ScalarType math_type(const Tensor& a, const Tensor& b) {
 }
 
 inline Tensor to_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// One of torch's own ops, on behalf of ``op``, which an error names beside the cause: a torch from 2.13 on tells it.
+inline void call_torch(const char* op, const char* name, const char* overload, StableIValue* stack) {
+  if (torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION) == 0) return;
+  static const auto cause =
+      reinterpret_cast<const char* (*)()>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  STD_TORCH_CHECK(false, op, ": ", name, " failed: ", cause ? cause() : "this version of torch does not say why");
+}
 
 // Contiguous and of the given dtype; the tensor itself if it is so already.
 inline Tensor to_contiguous(const Tensor& t, ScalarType dtype) {

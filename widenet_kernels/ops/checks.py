@@ -12,6 +12,8 @@ from widenet_kernels.ops.registry import FLOATS
 from widenet_kernels.routing import RoutingPlan
 
 MOST_ROWS = 2**31 - 1  # rows and choices are counted in int32
+# asked once: not every version of torch's compiler can trace the question
+AUTOCAST_DEVICES = {name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name)}
 PLAN_TENSORS = RoutingPlan._fields[:5]
 
 
@@ -97,7 +99,7 @@ def check_layout(op: str, capacity: int | None, tokens: str, num_choices: int, n
 
 def autocast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast the operands of a GEMM in the autocast dtype; fp64 is never cast."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -18,6 +18,8 @@ def why_not(device: torch.device, problem: str, architectures: str) -> str | Non
 
 @functools.cache
 def _reason(device: torch.device, architectures: str) -> str | None:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
     if not torch.cuda.is_available():
         return "there is no GPU that torch can use"
     major, minor = torch.cuda.get_device_capability(device)

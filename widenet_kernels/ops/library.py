@@ -39,7 +39,7 @@ def load_library() -> None:
             for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
                 if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
                     _kernels.add((name, device))
-    if "driver serves" in _built["cuda_problem"]:
+    if "driver serves" in _built["cuda_problem"] and torch.version.cuda:
         _warn(f"widenet_kernels leaves its CUDA C++ kernels aside: {_built['cuda_problem']}")
 
 
@@ -50,7 +50,8 @@ def _warn(message: str) -> None:
 def why_not(op: str, device: torch.device) -> str | None:
     """The reason why the library cannot serve ``op`` on ``device``, or None if it can."""
     if (op, device.type) not in _kernels:
-        return _load_error or f"the compiled library has no {op} for device type {device.type!r}"
+        built = device.type != "cuda" or _built.get("cuda_toolkit")
+        return _load_error or (f"it has no kernels of this for {device.type}" if built else _built["cuda_problem"])
     if device.type == "cpu":
         return None
     from widenet_kernels.ops import gpu  # when a GPU asks: it imports torch's compiler, which takes a second
