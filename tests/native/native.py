@@ -1,5 +1,6 @@
 """Builds the NumPy module of the raw CPU kernels with CMake, and calls it with tensors."""
 
+import fcntl
 import importlib.util
 import os
 import pathlib
@@ -37,9 +38,12 @@ def build(sanitize: bool) -> pathlib.Path:
     assert ninja, "the native tests need ninja: pip install widenet-kernels[test]"
     assert shutil.which("g++", path=tools), "the native tests need g++"
     configure = ["cmake", "-S", ROOT, "-B", directory, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items())]
-    for command in (configure, ["cmake", "--build", directory]):
-        done = subprocess.run(command, env={**os.environ, "PATH": tools}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that test side by side build one after the other
+        for command in (configure, ["cmake", "--build", directory]):
+            done = subprocess.run(command, env={**os.environ, "PATH": tools}, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
     return directory / f"_numpy_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
