@@ -13,7 +13,7 @@ import torch
 import widenet_kernels as wk
 from widenet_kernels.__main__ import main
 from widenet_kernels.ops.gpu import serves
-from widenet_kernels.ops.library import LIBRARY_FILE
+from widenet_kernels.ops.native import LIBRARY_FILE
 from widenet_kernels.ops.registry import why_not
 
 ARCHITECTURES = "80-real,86-real,89-real,90a-real,100-real,120-real,90-virtual"

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from widenet_kernels.ops.library import build_info
+from widenet_kernels.ops.native import build_info
 from widenet_kernels.ops.registry import BACKENDS, PUBLIC_OPS, available_backends, why_not
 
 

@@ -39,6 +39,9 @@ of_math = pytest.mark.parametrize("wide", [False, True], ids=["", "float64"])
 @of_shape
 def test_permute(kernels, shape, dtype):
     shared.test_permute(kernels, shape, dtype)
+    plan, x = inputs.make_plan(shape), inputs.make_x(shape, dtype=dtype)
+    expected = Kernels(kernels.module, "baseline").permute(x, plan.row_choice, shape.K)
+    assert_same_bits(kernels.permute(x, plan.row_choice, shape.K), expected)
 
 
 @of_math

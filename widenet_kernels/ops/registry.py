@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widenet_kernels.ops import library as native
+from widenet_kernels.ops import native
 
 NAMESPACES = {
     "native": native.NAMESPACE,
