@@ -7,7 +7,8 @@ namespace widenet {
   Kernels {                                                                                                         \
     #level, level::gate, level::gate_backward, level::route, level::route_backward_x, level::route_backward_weight, \
         level::permute, level::combine, level::combine_backward, level::activation, level::activation_backward,     \
-        level::column_sum, level::reduce_chunks, level::weight_gradient, level::accumulate                          \
+        level::column_sum, level::reduce_chunks, level::weight_gradient, level::accumulate, level::gemm_pack,       \
+        level::gemm, &level::gemm_tile                                                                              \
   }
 
 std::span<const Kernels> supported_kernels() {

@@ -166,6 +166,33 @@ struct AccumulateArgs {
   float* sum;
 };
 
+// A matrix of any layout.
+struct Operand {
+  const void* data;
+  int64_t row_stride, column_stride;  // in elements
+};
+
+// out [M, N] (+)= a [M, K] b [K, N], summed in float. First `gemm_pack` over the tiles of a's rows, then `gemm` over
+// the row_parts * column_parts parts of out.
+struct GemmArgs {
+  DType type;  // of a, b and out: f32, bf16 or f16
+  int64_t m, n, k;
+  Operand a, b;
+  float* packed_a;  // [M rounded up to whole tiles, K]
+  int64_t row_parts, column_parts;
+  bool accumulate;  // add to what is in sums
+  float* sums;      // [M, N], rows sums_stride apart
+  int64_t sums_stride;
+  void* out;  // [M, N] of `type`, rows out_stride apart, or null: the sums are the result
+  int64_t out_stride;
+};
+
+// The sizes that gemm cuts its matrices into.
+struct GemmTile {
+  int64_t rows, columns, depth;  // of the sums that are taken in registers
+  int64_t part_columns;          // a part has at most so many
+};
+
 struct Kernels {
   const char* level;  // of vector instructions
   void (*gate)(const GateArgs&, int64_t begin, int64_t end);
@@ -182,6 +209,9 @@ struct Kernels {
   void (*reduce_chunks)(const ReduceChunksArgs&, int64_t begin, int64_t end);
   void (*weight_gradient)(const WeightGradientArgs&, int64_t begin, int64_t end);
   void (*accumulate)(const AccumulateArgs&, int64_t begin, int64_t end);
+  void (*gemm_pack)(const GemmArgs&, int64_t begin, int64_t end);
+  void (*gemm)(const GemmArgs&, int64_t begin, int64_t end);
+  const GemmTile* gemm_tile;
 };
 
 // The kernels of every level that this CPU can run, best first.

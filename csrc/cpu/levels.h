@@ -19,6 +19,9 @@
   void reduce_chunks(const ReduceChunksArgs&, int64_t, int64_t);             \
   void weight_gradient(const WeightGradientArgs&, int64_t, int64_t);         \
   void accumulate(const AccumulateArgs&, int64_t, int64_t);                  \
+  void gemm_pack(const GemmArgs&, int64_t, int64_t);                         \
+  void gemm(const GemmArgs&, int64_t, int64_t);                              \
+  extern const GemmTile gemm_tile;                                           \
   }
 
 WIDENET_DECLARE_LEVEL(baseline)

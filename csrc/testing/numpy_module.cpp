@@ -2,6 +2,8 @@
 //
 // level= names the vector instructions, "" the best ones; "cuda" is the kernel of csrc/cuda under the emulator. The
 // work is cut as finely as the threads allow, whatever its size.
+#include "numpy_module.h"
+
 #include <algorithm>
 #include <limits>
 #include <tuple>
@@ -14,7 +16,6 @@
 #include "parallel.h"
 
 namespace widenet {
-namespace {
 
 const Kernels& kernels_of(const std::string& level) {
   for (const Kernels& kernels : supported_kernels()) {
@@ -22,6 +23,8 @@ const Kernels& kernels_of(const std::string& level) {
   }
   throw std::invalid_argument("level: this CPU cannot run '" + level + "'");
 }
+
+namespace {
 
 template <class Args>
 void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t size) {
@@ -416,6 +419,7 @@ PYBIND11_MODULE(_numpy_kernels, m) {
   m.def("weight_gradient", &weight_gradient, "dot"_a, "grad"_a, "row_choice"_a, "num_choices"_a, optional("bias"),
         level);
   m.def("accumulate", &accumulate, "values"_a, "sum"_a, level);
+  add_gemm(m);
 
 #ifdef WIDENET_SANITIZED
   // What the sanitizers must catch, so that a test can see that they are on.

@@ -91,7 +91,7 @@ void GradSink::nothing_served(int64_t expert) const {
 }
 
 GradSink weight_sink(const Tensor& weight, bool needed) {
-  return needed ? GradSink::new_tensor(torch::stable::empty_like(weight)) : GradSink(weight);
+  return needed ? GradSink::new_tensor(in_huge_pages(torch::stable::empty_like(weight))) : GradSink(weight);
 }
 
 GradSink bias_sink(const Tensor& weight, int64_t width, bool needed) {

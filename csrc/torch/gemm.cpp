@@ -4,6 +4,8 @@
 
 #include <array>
 
+#include "../cpu/gemm.h"
+
 namespace widenet {
 namespace {
 
@@ -11,6 +13,55 @@ Tensor view(const Matrix& m) {
   const std::array<int64_t, 2> sizes{m.rows, m.columns}, strides{m.row_stride, m.column_stride};
   static const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   return torch::stable::from_blob(m.data, {sizes.data(), 2}, {strides.data(), 2}, cpu, m.type);
+}
+
+// What torch says of oneDNN; a torch without it has no such op.
+bool mkldnn_has(const char* question) {
+  std::array<StableIValue, 1> stack{};
+  return torch_call_dispatcher(question, "", stack.data(), TORCH_ABI_VERSION) == 0 &&
+         torch::stable::detail::to<bool>(stack[0]);
+}
+
+// On others MKL does without its AVX-512 kernels.
+bool is_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+// Whether torch's GEMM is slow here: MKL's is for Intel's CPUs, and without oneDNN torch multiplies bf16 and fp16 in
+// plain loops. Our kernels are worth it where vectors are wide.
+bool is_slow_in_torch(ScalarType type) {
+  static const bool wide = kernels().gemm_tile->columns >= 16;
+  static const bool f32 = !is_intel();
+  static const bool bf16 = !mkldnn_has("mkldnn::_is_mkldnn_bf16_supported");
+  static const bool f16 = !mkldnn_has("mkldnn::_is_mkldnn_fp16_supported");
+  if (!wide) return false;
+  return type == ScalarType::Float ? f32 : type == ScalarType::BFloat16 ? bf16 : type == ScalarType::Half && f16;
+}
+
+// A single row is a product with a vector, which torch does at the speed of memory, in float.
+bool is_ours(const Matrix& out, const Matrix& a) {
+  if (!is_slow_in_torch(a.type) || !out.rows || !out.columns || !a.columns || out.column_stride != 1) return false;
+  return out.rows > 1 || a.type != ScalarType::Float;
+}
+
+void own_gemm(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
+  const Product product{dtype_of(a.type),
+                        out.rows,
+                        out.columns,
+                        a.columns,
+                        {a.data, a.row_stride, a.column_stride},
+                        {b.data, b.row_stride, b.column_stride},
+                        dtype_of(out.type),
+                        accumulate,
+                        out.data,
+                        out.row_stride};
+  const int64_t size = workspace_size(kernels(), product);
+  const Tensor workspace = torch::stable::empty({size}, ScalarType::Float);
+  multiply(kernels(), product, static_cast<float*>(workspace.mutable_data_ptr()));
 }
 
 }  // namespace
@@ -26,6 +77,9 @@ Matrix matrix(const Tensor& t, int64_t expert) {
 }
 
 void gemm(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
+  if (is_ours(out, a)) return own_gemm(out, a, b, accumulate);
+  const Matrix out_t = out.transposed(), a_t = a.transposed(), b_t = b.transposed();
+  if (is_ours(out_t, b_t)) return own_gemm(out_t, b_t, a_t, accumulate);
   const Tensor out_view = view(out), a_view = view(a), b_view = view(b);
   if (accumulate) {
     STABLE_TORCH_ERROR_CODE_CHECK(

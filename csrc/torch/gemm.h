@@ -1,4 +1,4 @@
-// Matrices inside tensors, and torch's own GEMM on them.
+// Matrices inside tensors, and their products: by csrc/cpu/gemm.cpp where torch's own GEMM is slow, else by torch.
 #pragma once
 
 #include "tensor.h"

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -67,8 +68,20 @@ OptionalTensor to_contiguous(const OptionalTensor& t, Dtype... dtype) {
   return t ? OptionalTensor(to_contiguous(*t, dtype...)) : std::nullopt;
 }
 
+// New memory in pages of 2 MiB where the system gives them when asked: large tensors are new to the process every time,
+// and to page them in by 4 KiB costs as much as a pass over them.
+inline Tensor in_huge_pages(const Tensor& t) {
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t begin = (first + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (first + t.numel() * t.element_size()) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  return t;
+}
+
 inline Tensor empty_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  const Tensor t = torch::stable::new_empty(like, sizes, dtype);
+  return t.is_cpu() ? in_huge_pages(t) : t;
 }
 inline Tensor empty_tensor(const Tensor& like, const Sizes& sizes) {
   return empty_tensor(like, sizes, like.scalar_type());

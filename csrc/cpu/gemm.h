@@ -1,0 +1,23 @@
+// Products on the kernels of gemm.cpp: what is packed when, and who does which part.
+#pragma once
+
+#include "kernels.h"
+
+namespace widenet {
+
+// out [M, N] (+)= a [M, K] b [K, N], summed in float; rows of out are out_stride apart, its columns neighbours.
+struct Product {
+  DType type;  // of a and b: f32, bf16 or f16
+  int64_t m, n, k;
+  Operand a, b;
+  DType out_type;   // f32, or as a and b
+  bool accumulate;  // for an f32 out
+  void* out;
+  int64_t out_stride;
+};
+
+// How many floats multiply() needs to work in.
+int64_t workspace_size(const Kernels& kernels, const Product& product);
+void multiply(const Kernels& kernels, const Product& product, float* workspace);
+
+}  // namespace widenet

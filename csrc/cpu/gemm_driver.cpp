@@ -1,0 +1,77 @@
+#include <algorithm>
+
+#include "gemm.h"
+#include "parallel.h"
+
+namespace widenet {
+namespace {
+
+constexpr int64_t kMostRows = 3072;         // of a, packed at a time
+constexpr int64_t kPackedFloats = 1 << 18;  // so much of a, unless one piece of K is more: it stays in cache
+constexpr int64_t kGrain = 1 << 14;         // elements that a thread packs at least
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t element_size(DType type) { return type == DType::f32 ? 4 : 2; }
+
+Operand operand_from(const Product& product, const Operand& of, int64_t row, int64_t column) {
+  const int64_t offset = (row * of.row_stride + column * of.column_stride) * element_size(product.type);
+  return {static_cast<const char*>(of.data) + offset, of.row_stride, of.column_stride};
+}
+
+// Rows and depth of the piece of a that is packed at a time, and the floats for the sums of a narrower out.
+struct Workspace {
+  int64_t rows, depth, sums;
+
+  Workspace(const GemmTile& tile, const Product& product)
+      : rows(std::min(ceil_div(product.m, tile.rows), kMostRows / tile.rows) * tile.rows),
+        depth(std::min(std::max(kPackedFloats / std::max(rows, int64_t{1}) / tile.depth, int64_t{1}) * tile.depth,
+                       product.k)),
+        sums(product.out_type == DType::f32 ? 0 : std::min(rows, product.m) * product.n) {}
+  int64_t packed() const { return rows * depth; }
+};
+
+// Every thread a part of out, if it has as many tiles, and none with more columns than fit.
+void cut(GemmArgs& args, const GemmTile& tile) {
+  const int64_t threads = num_threads(), least = ceil_div(args.n, tile.part_columns);
+  args.column_parts = std::min(ceil_div(least, threads) * threads, ceil_div(args.n, tile.columns));
+  args.row_parts = std::min(ceil_div(threads, args.column_parts), ceil_div(args.m, tile.rows));
+}
+
+}  // namespace
+
+int64_t workspace_size(const Kernels& kernels, const Product& product) {
+  const Workspace workspace(*kernels.gemm_tile, product);
+  return workspace.packed() + workspace.sums;
+}
+
+void multiply(const Kernels& kernels, const Product& product, float* packed) {
+  const GemmTile& tile = *kernels.gemm_tile;
+  const Workspace workspace(tile, product);
+  const bool narrow = product.out_type != DType::f32;
+  GemmArgs args{};
+  args.type = product.type;
+  args.n = product.n;
+  args.packed_a = packed;
+  args.sums_stride = narrow ? product.n : product.out_stride;
+  args.out_stride = product.out_stride;
+  for (int64_t row = 0; row < product.m; row += workspace.rows) {
+    char* out = static_cast<char*>(product.out) + row * product.out_stride * element_size(product.out_type);
+    args.m = std::min(workspace.rows, product.m - row);
+    args.sums = narrow ? packed + workspace.packed() : reinterpret_cast<float*>(out);
+    cut(args, tile);
+    for (int64_t k = 0; k < product.k; k += workspace.depth) {
+      args.k = std::min(workspace.depth, product.k - k);
+      args.a = operand_from(product, product.a, row, k);
+      args.b = operand_from(product, product.b, k, 0);
+      args.accumulate = product.accumulate || k > 0;
+      args.out = narrow && k + args.k == product.k ? out : nullptr;
+      parallel_for(ceil_div(args.m, tile.rows), ceil_div(kGrain, args.k * tile.rows),
+                   [&](int64_t begin, int64_t end) { kernels.gemm_pack(args, begin, end); });
+      parallel_for(args.row_parts * args.column_parts, 1,
+                   [&](int64_t begin, int64_t end) { kernels.gemm(args, begin, end); });
+    }
+  }
+}
+
+}  // namespace widenet

@@ -1,0 +1,90 @@
+"""The CPU's own GEMM at every level of vector instructions, against torch and against the same product in float64."""
+
+import pytest
+import torch
+
+from widenet_kernels.testing import inputs
+from widenet_kernels.testing.numerics import assert_as_good_as, assert_same_bits
+
+# M, K, N: single elements; a tile of 6 or 12 rows and 16 or 32 columns, one less, one more; pieces of 192 of K; blocks
+# of 256 columns; more rows than are packed at a time (3,072), more of K than is packed at a time beside them.
+SIZES = (
+    (1, 1, 1),
+    (2, 3, 5),
+    (6, 192, 16),
+    (11, 191, 31),
+    (13, 193, 33),
+    (64, 30, 256),
+    (25, 600, 257),
+    (3073, 9, 17),
+    (700, 1030, 40),
+)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def of_sizes(*sizes):
+    return pytest.mark.parametrize("size", sizes, ids=lambda size: "x".join(map(str, size)))
+
+
+of_size = of_sizes(*SIZES)
+of_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+
+
+def operands(size, dtype, transpose_a=False, transpose_b=False):
+    """a and b as the kernel takes them, and views of them that are [M, K] and [K, N]."""
+    m, k, n = size
+    a = inputs.normal(*((k, m) if transpose_a else (m, k)), seed=1, dtype=dtype)
+    b = inputs.normal(*((n, k) if transpose_b else (k, n)), seed=2, dtype=dtype)
+    return a, b, a.t() if transpose_a else a, b.t() if transpose_b else b
+
+
+@pytest.mark.parametrize("transpose_b", [False, True], ids=["b", "bt"])
+@pytest.mark.parametrize("transpose_a", [False, True], ids=["a", "at"])
+@of_dtype
+@of_size
+def test_product(kernels, size, dtype, transpose_a, transpose_b):
+    a, b, a_view, b_view = operands(size, dtype, transpose_a, transpose_b)
+    out = kernels.gemm(a, b, transpose_a=transpose_a, transpose_b=transpose_b)
+    assert_as_good_as(out, a_view @ b_view, a_view.double() @ b_view.double(), "product")
+
+
+@of_dtype
+@of_size
+def test_accumulates_in_float(kernels, size, dtype):
+    a, b, *_ = operands(size, dtype)
+    initial = inputs.normal(size[0], size[2], seed=3)
+    out = kernels.gemm(a, b, initial=initial)
+    plain = initial + a.float() @ b.float()
+    assert_as_good_as(out, plain, initial.double() + a.double() @ b.double(), "initial + product")
+
+
+@pytest.mark.parametrize(
+    "size", [(25, 600, 257), (700, 1030, 40), (5, 40, 16)], ids=lambda size: "x".join(map(str, size))
+)
+def test_same_bits_at_every_number_of_threads(kernels, size):
+    a, b, *_ = operands(size, torch.float32)
+    results = []
+    for threads in (1, 2, 3, 7):
+        kernels.module.set_num_threads(threads)
+        results.append(kernels.gemm(a, b))
+    kernels.module.set_num_threads(1)
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+@of_dtype
+def test_nan_stays_in_its_row_and_column(kernels, dtype):
+    """Tiles at the edges are filled up with zeros, and neighbours share registers: nothing leaks."""
+    a, b, *_ = operands((20, 300, 50), dtype)
+    clean = kernels.gemm(a, b)
+    a[19, 7], b[299, 49] = float("nan"), float("inf")
+    dirty = kernels.gemm(a, b)
+    assert_same_bits(dirty[:19, :49], clean[:19, :49])
+    assert dirty[19].isnan().all()
+    assert not dirty[:, 49].isfinite().any()
+
+
+@of_sizes((0, 3, 4), (3, 4, 0))
+def test_nothing_to_do(kernels, size):
+    a, b, *_ = operands(size, torch.float32)
+    assert kernels.gemm(a, b).shape == (size[0], size[2])
