@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import zlib
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -106,6 +106,7 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
+    packages=[*find_packages(include=["widenet_kernels*"]), "widenet_kernels.benchmarks"],  # whose folder stands beside
     ext_modules=[Extension("widenet_kernels._C", [])] if NATIVE == "ON" else [],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
     # asked for by name and not there: with build isolation pip fetches the compiler for this build alone

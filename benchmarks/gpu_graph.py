@@ -1,6 +1,6 @@
 """A whole layer, forward and backward, captured as a CUDA graph and replayed on new data: the bits of an eager call?
 
-    python benchmarks/gpu_graph.py --jobs 8 --json results.json
+    python -m widenet_kernels.benchmarks.gpu_graph --jobs 8 --json results.json
 
 What a replay cannot see is what the host decided while capturing. So tokens, gradient and parameters change in place
 between replays, and with them where the tokens go. The same kernels run in the same order as in the eager call on the
@@ -11,13 +11,13 @@ import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import gpu_sanitize
-import gpu_verdicts
 import torch
 from torch import Tensor
 
 import widenet_kernels as wk
 from widenet_kernels.testing import inputs
+
+from . import gpu_sanitize, gpu_verdicts
 
 Results = dict[str, Tensor]
 PARAMETER_SCALE = 0.05  # keeps logits and activations near 1

@@ -1,7 +1,7 @@
 """Every op of every GPU backend, forward and backward, on a few inputs, held against float64 on the CPU.
 
-    python benchmarks/gpu_sanitize.py                                    # small: for compute-sanitizer to watch
-    python benchmarks/gpu_sanitize.py --large --jobs 8 --json results.json  # real tile sizes too: a first look
+    python -m widenet_kernels.benchmarks.gpu_sanitize                    # small: for compute-sanitizer to watch
+    python -m widenet_kernels.benchmarks.gpu_sanitize --large --jobs 8   # real tile sizes too: a first look
 
 A case runs by one backend; an op that this backend does not serve chooses by itself. Under compute-sanitizer set
 PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tensor is an allocation of its own.
@@ -10,13 +10,14 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tensor is an allocation of its o
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import gpu_verdicts
 import torch
 from torch import Tensor
 
 import widenet_kernels as wk
 from widenet_kernels.testing import inputs
 from widenet_kernels.testing.inputs import Shape
+
+from . import gpu_verdicts
 
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of ||out - exact|| / ||exact||
 Results = dict[str, Tensor]
@@ -50,6 +51,7 @@ LARGE = (
     Case(Shape(1000, 136, 264, 64, 8, None, "even", "many experts, few rows each"), "silu", torch.float16, True),
 )
 TINY = (Case(Shape(12, 8, 12, 3, 2, 7, "skewed", "for a CPU"), "gelu", torch.float32, True),)
+QUICK = (TINY[0], SMALL[1])  # before a benchmark
 
 
 def run(case: Case, device: str, exact: bool) -> Results:

@@ -1,8 +1,8 @@
 """How fast the GPU kernels are, against copies, dense products and what torch offers: timings, or sweeps over tiles.
 
-    python benchmarks/gpu_speed.py results.json              # timings
-    python benchmarks/gpu_speed.py results.json --sweep      # tiles for every form of GEMM
-    python benchmarks/gpu_speed.py results.json --cpu-smoke  # the same code at tiny sizes under Triton's interpreter
+    python -m widenet_kernels.benchmarks.gpu_speed results.json              # timings
+    python -m widenet_kernels.benchmarks.gpu_speed results.json --sweep      # tiles for every form of GEMM
+    python -m widenet_kernels.benchmarks.gpu_speed results.json --cpu-smoke  # tiny sizes under Triton's interpreter
 
 Sections run in the order of their importance and each is in the JSON when it ends. FLOPs are those of served rows.
 """
@@ -15,15 +15,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import gpu_layers
-import gpu_results
-import gpu_stages
 import torch
-from gpu_layers import FINE_GRAINED, MIXTRAL, WIDENET_B, Case, Inputs, leaves, with_gradients
-from gpu_timing import DENSE, Bench, Work, machine
 from torch import Tensor
 
 import widenet_kernels as wk
+
+from . import gpu_layers, gpu_results, gpu_stages
+from .gpu_layers import FINE_GRAINED, MIXTRAL, WIDENET_B, Case, Inputs, leaves, with_gradients
+from .gpu_timing import DENSE, Bench, Work, machine
 
 Section = Callable[[Bench], None]
 
@@ -172,7 +171,7 @@ def timings(shrink: Callable[[Case], Case]) -> dict[str, Section]:
 
 def fill_cache(names: list[str], seconds: float) -> None:
     """Compile what the sections need, each section in a process of its own, all at once; errors show later."""
-    command = [sys.executable, *sys.argv, "--fill", "--only"]
+    command = [sys.executable, "-m", "widenet_kernels.benchmarks.gpu_speed", *sys.argv[1:], "--fill", "--only"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     running = [subprocess.Popen([*command, name], **quiet) for name in names]
     end = time.monotonic() + seconds
@@ -222,7 +221,7 @@ def main() -> None:
         torch.set_num_threads(1)
     shrink = Case.tiny if options.cpu_smoke else lambda case: case
     if options.sweep:
-        import gpu_sweep
+        from . import gpu_sweep
 
         sections, part = gpu_sweep.sections(shrink, options.cpu_smoke), "sweeps"
     else:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from gpu_layers import Case, Inputs
-from gpu_timing import Bench, Work, tensors
 from torch import Tensor
 
 import widenet_kernels as wk
+
+from .gpu_layers import Case, Inputs
+from .gpu_timing import Bench, Work, tensors
 
 Call = Callable[[], Any]
 ELEMENT, WIDE, INDEX = 2, 4, 4  # bytes: tokens, rows and the router in bf16; logits, probs and weights in fp32; int32

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_layers import FINE_GRAINED, MIXTRAL, WIDENET_B, Case, Inputs
-from gpu_timing import Bench, Work, tensors
 from torch import Tensor
 
 from widenet_kernels.triton import grouped_gemm, moe, tiles
 from widenet_kernels.triton.tiles import Problem, Tile
+
+from .gpu_layers import FINE_GRAINED, MIXTRAL, WIDENET_B, Case, Inputs
+from .gpu_timing import Bench, Work, tensors
 
 CANDIDATES = {
     "rows": (

@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gpu_results
 import torch
 from torch import Tensor
 
 import widenet_kernels as wk
 from widenet_kernels.testing.timing import Timing, interleaved
+
+from . import gpu_results
 
 COLD_BYTES = 256 << 20  # several times the L2 of any GPU so far
 LARGEST_ERROR = 6e-2  # of any row of bf16 results, of the length of that row or of a usual one

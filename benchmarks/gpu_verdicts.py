@@ -10,8 +10,9 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from pathlib import Path
 from typing import Any, NoReturn
 
-import gpu_results
 import torch
+
+from . import gpu_results
 
 Check = Callable[[Any, str], tuple[bool, str]]  # (case, device) -> whether it is good, and what was seen
 Verdict = dict[str, str | bool]

@@ -62,11 +62,13 @@ results=$out/results.json
 rm -f "$results" "$out"/{summary.txt,install.log,speed.log,tests.log,sanitizer.log}
 export PYTHONUNBUFFERED=1
 export PATH=$PATH:/usr/local/cuda/bin # nvcc and compute-sanitizer, where a toolkit is not on it already
-cd "$root" || exit 1
+export WIDENET_COMMIT=${WIDENET_COMMIT:-$(git -C "$root" rev-parse HEAD 2>/dev/null)}
+benchmarks=widenet_kernels.benchmarks
+cd "$work" || exit 1 # python -m finds what is installed and not the checkout
 
 report() { # NAME STATUS SECONDS LIMIT
   echo "$1: $2, $3 of $4 s"
-  "$python" benchmarks/gpu_results.py stage "$results" "$@"
+  "$python" "$root/benchmarks/gpu_results.py" stage "$results" "$@"
 }
 
 refused() { # LOG FROM: what a sanitizer that cannot watch this device says
@@ -116,14 +118,17 @@ versions() { # of what the installation uses, found as setup.py finds it
 install() { # into the temporary folder: the machine's Python stays as it is
   versions >"$out/install.log" 2>&1
   local pip=("$python" -m pip --disable-pip-version-check install --no-index --no-build-isolation --no-deps)
-  stage install 70 install.log env WIDENET_CUDA=ON "${pip[@]}" --target "$work/site" .
+  stage install 70 install.log env WIDENET_CUDA=ON "${pip[@]}" --target "$work/site" "$root"
   if [ "$status" != ok ]; then
     rm -rf "$work/site"
-    stage install-pure 12 install.log env WIDENET_NATIVE=OFF "${pip[@]}" --target "$work/site" .
+    stage install-pure 12 install.log env WIDENET_NATIVE=OFF "${pip[@]}" --target "$work/site" "$root"
   fi
-  local site=$root
-  if [ "$status" = ok ]; then site=$work/site; fi
-  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+  if [ "$status" != ok ]; then # the packages as they stand in the checkout
+    mkdir -p "$work/site"
+    cp -r "$root/widenet_kernels" "$work/site"
+    cp -r "$root/benchmarks" "$work/site/widenet_kernels"
+  fi
+  export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 }
 
 run_tests() {
@@ -131,7 +136,7 @@ run_tests() {
     absent tests 110
     return
   fi
-  stage tests 110 tests.log "$python" benchmarks/gpu_tests.py
+  stage tests 110 tests.log "$python" "$root/benchmarks/gpu_tests.py"
 }
 
 sanitize() {
@@ -145,18 +150,18 @@ sanitize() {
   # without the caching allocator every tensor is an allocation whose ends the sanitizer knows
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   local options=(--error-exitcode 86 --print-limit 20 --target-processes all)
-  stage memcheck 40 sanitizer.log "$sanitizer" --tool memcheck "${options[@]}" "$python" benchmarks/gpu_sanitize.py
+  stage memcheck 40 sanitizer.log "$sanitizer" --tool memcheck "${options[@]}" "$python" -m "$benchmarks.gpu_sanitize"
   if [ "$status" = refused ]; then
     report racecheck refused 0 20
   else
-    stage racecheck 20 sanitizer.log "$sanitizer" --tool racecheck "${options[@]}" "$python" benchmarks/gpu_sanitize.py
+    stage racecheck 20 sanitizer.log "$sanitizer" --tool racecheck "${options[@]}" "$python" -m "$benchmarks.gpu_sanitize"
   fi
 }
 
 if [ ${#smoke[@]} -gt 0 ]; then
-  stage smoke 50 speed.log "$python" benchmarks/gpu_sanitize.py --json "$results" "${smoke[@]}"
-  stage graph 60 speed.log "$python" benchmarks/gpu_graph.py --json "$results" "${smoke[@]}"
-  stage timings 120 speed.log "$python" benchmarks/gpu_speed.py "$results" "${smoke[@]}" \
+  stage smoke 50 speed.log "$python" -m "$benchmarks.gpu_sanitize" --json "$results" "${smoke[@]}"
+  stage graph 60 speed.log "$python" -m "$benchmarks.gpu_graph" --json "$results" "${smoke[@]}"
+  stage timings 120 speed.log "$python" -m "$benchmarks.gpu_speed" "$results" "${smoke[@]}" \
     --only ceilings "WideNet-B routing" "WideNet-B movement"
   stage fails 5 tests.log "$python" -c 'raise SystemExit(3)'
   stage hangs 5 tests.log "$python" -c 'import time; time.sleep(60)'
@@ -164,12 +169,12 @@ if [ ${#smoke[@]} -gt 0 ]; then
   absent memcheck 40
 else
   install
-  stage smoke 50 speed.log "$python" benchmarks/gpu_sanitize.py --large --jobs 8 --json "$results"
-  stage graph 30 speed.log "$python" benchmarks/gpu_graph.py --jobs 8 --json "$results"
-  stage timings 120 speed.log "$python" benchmarks/gpu_speed.py "$results"
+  stage smoke 50 speed.log "$python" -m "$benchmarks.gpu_sanitize" --large --jobs 8 --json "$results"
+  stage graph 30 speed.log "$python" -m "$benchmarks.gpu_graph" --jobs 8 --json "$results"
+  stage timings 120 speed.log "$python" -m "$benchmarks.gpu_speed" "$results"
   run_tests
-  stage sweeps 45 speed.log "$python" benchmarks/gpu_speed.py "$results" --sweep
+  stage sweeps 45 speed.log "$python" -m "$benchmarks.gpu_speed" "$results" --sweep
   sanitize
 fi
-"$python" benchmarks/gpu_results.py summary "$results" | tee "$out/summary.txt"
+"$python" "$root/benchmarks/gpu_results.py" summary "$results" | tee "$out/summary.txt"
 ! grep -q '"status": "\(failed\|timed out\)' "$results"
