@@ -1,9 +1,10 @@
-"""The command line: ``python -m widenet_kernels info``."""
+"""The command line: ``python -m widenet_kernels info`` and ``bench``."""
 
 import argparse
 import platform
 from collections import defaultdict
 from importlib import metadata
+from importlib.util import find_spec
 
 import torch
 
@@ -71,9 +72,17 @@ def version_of(package: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m widenet_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what was built in, and what this machine uses and why")
-    parser.parse_args()
-    print_info()
+    info = commands.add_parser("info", help="what was built in, and what this machine uses and why")
+    info.set_defaults(run=lambda options: print_info())
+    if find_spec("widenet_kernels.benchmarks"):  # not in a checkout that is not installed: its folder stands beside
+        from widenet_kernels.benchmarks import cli
+
+        cli.add_commands(commands.add_parser("bench", help="measure the kernels against others and against the limit"))
+    options = parser.parse_args()
+    try:
+        options.run(options)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

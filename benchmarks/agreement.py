@@ -1,0 +1,45 @@
+"""How far a result is from the truth: by the worst row, so that one wrong row shows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors of a result, in order, of tuples inside tuples too."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for part in result for t in tensors(part)] if isinstance(result, tuple | list) else []
+
+
+def relative_error(result: Any, truth: Sequence[Tensor]) -> float:
+    """The worst row's ||out - truth|| / ||truth|| of the first results; NaN if anything is NaN."""
+    return worst(error_of(out, exact) for out, exact in zip(tensors(result), truth, strict=False))
+
+
+def error_by_name(result: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+    """The same over the results of these names."""
+    return worst(error_of(out, truth[name]) for name, out in result.items())
+
+
+def worst(errors: Any) -> float:
+    worst = 0.0
+    for error in errors:
+        worst = error if error != error or worst != worst else max(worst, error)
+    return worst
+
+
+def error_of(out: Tensor, exact: Tensor) -> float:
+    """Integers are equal or infinitely off; a row shorter than the root mean square of all is measured by that."""
+    out, exact = out.detach(), exact.detach()
+    assert out.shape == exact.shape, f"{list(out.shape)} instead of {list(exact.shape)}"
+    if not exact.is_floating_point():
+        return 0.0 if torch.equal(out, exact) else float("inf")
+    if not exact.numel():
+        return 0.0
+    wide = torch.promote_types(exact.dtype, torch.float32)
+    length = exact.to(wide).norm(dim=-1)
+    usual = length.square().mean().sqrt().clamp_min(1e-30)
+    return float(((out.to(wide) - exact.to(wide)).norm(dim=-1) / length.clamp_min(usual)).max())

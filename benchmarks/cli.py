@@ -1,0 +1,72 @@
+"""``python -m widenet_kernels bench``: the options of a run, and the commands that read what it leaves."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from . import results, shapes
+from .layer import DIRECTIONS
+from .timing import Row
+
+DEFAULT_BENCHES = ("layer",)
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """The run itself is what ``bench`` does without a command; a module adds its command by ``add_command``."""
+    parser.description = __doc__
+    parser.set_defaults(run=run)
+    parser.add_argument("--bench", nargs="+", metavar="BENCH", default=DEFAULT_BENCHES, help="what to measure")
+    parser.add_argument("--shape", nargs="+", metavar="SHAPE", default=["default"], help="shapes or suites")
+    parser.add_argument("--dtype", nargs="+", choices=list(shapes.DTYPES), help="fp32 on a CPU, bf16 on a GPU")
+    parser.add_argument("--pass", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, dest="directions")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", nargs="+", type=int, metavar="N", default=[torch.get_num_threads()])
+    parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of one set of contenders")
+    parser.add_argument("--patience", type=float, default=20.0, help="what takes more seconds is called once")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    parser.add_argument("--list", action="store_true", help="print the benches, shapes and suites")
+
+
+def run(options: argparse.Namespace) -> None:
+    from . import run as runner
+
+    if options.list:
+        print(listing(list(runner.BENCHES)))
+        return
+    plan = runner.Plan(
+        checked("bench", options.bench, list(runner.BENCHES)), shapes.chosen(options.shape),
+        options.dtype or ["fp32" if options.device == "cpu" else "bf16"], options.directions, options.device,
+        options.threads, options.seconds, options.patience,
+    )  # fmt: skip
+    faults = runner.broken(options.device)
+    if faults:
+        sys.exit("\n".join(["bench: this build gives wrong results and is not measured:", *faults]))
+    rows: list[Row] = []
+    try:
+        runner.run(plan, rows)
+    except KeyboardInterrupt:
+        print("interrupted: this is what there is", file=sys.stderr)
+    finally:
+        print(results.table(rows))
+        if options.json:
+            results.write(options.json, rows)
+
+
+def checked(what: str, names: list[str], known: list[str]) -> list[str]:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{what}: expected one of {', '.join(known)}, got {name!r}")
+    return names
+
+
+def listing(benches: list[str]) -> str:
+    lines = [f"benches: {', '.join(benches)}", "", "suites:"]
+    lines += [f"  {name:14}{' '.join(members)}" for name, members in shapes.SUITES.items()]
+    lines += ["", "shapes:"]
+    for case in shapes.CASES.values():
+        room = "dropless" if case.capacity_factor is None else f"capacity factor {case.capacity_factor}"
+        about = f"T={case.T} D={case.D} F={case.F} E={case.E} K={case.K} {case.activation}, {room}, {case.routing}"
+        lines.append(f"  {case.name:30}{about}")
+    return "\n".join(lines)

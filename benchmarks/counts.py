@@ -1,0 +1,43 @@
+"""FLOPs and bytes, counted from the shapes: those of served rows; each input read once, each output written once."""
+
+from .shapes import Case
+
+WIDE, INDEX = 4, 4  # bytes: logits, probs and weights in fp32; int32
+
+
+def layer_flops(case: Case, served: int) -> float:
+    """The two layers' products of one forward pass; backward has twice as many."""
+    return 2.0 * served * case.D * (case.width + case.F)
+
+
+def layer_bytes(case: Case, element: int) -> float:
+    """Tokens, parameters and results of one forward pass; with the backward, as much again for their gradients."""
+    biases = case.E * (case.width + case.D) if case.bias else 0
+    parameters = case.E * case.D * (case.width + case.F + 1) + biases
+    return float(element * (2 * case.T * case.D + parameters))
+
+
+def routing_bytes(case: Case, num_rows: int, element: int) -> dict[str, float]:
+    choices, of_experts = case.T * case.K, WIDE * case.T * case.E
+    of_gate = (WIDE + INDEX) * choices  # weight and expert_index
+    of_plan = INDEX * (choices + num_rows)  # choice_row and row_choice
+    of_x, of_router = element * case.T * case.D, element * case.E * case.D
+    gradient = of_experts + of_gate + (WIDE * choices if case.normalize else 0)  # grad_weight, index, probs; weight
+    return {
+        "topk_gate": 2 * of_experts + of_gate,
+        "topk_gate backward": 2 * of_experts + gradient,
+        "plan_routing": INDEX * choices + of_plan,
+        "route": of_x + of_router + 2 * of_experts + of_gate + of_plan,
+        "route backward": 2 * (of_x + of_router) + of_experts + gradient,
+    }
+
+
+def movement_bytes(case: Case, num_rows: int, served: int, element: int) -> dict[str, float]:
+    of_choices = (WIDE + INDEX) * case.T * case.K  # weight and choice_row
+    of_rows, of_served, of_tokens = (element * count * case.D for count in (num_rows, served, case.T))
+    return {
+        "permute": of_tokens + of_rows + INDEX * num_rows,
+        "permute backward": of_served + of_tokens + INDEX * case.T * case.K,
+        "combine": of_served + of_tokens + of_choices,
+        "combine backward": of_tokens + of_served + of_rows + INDEX * num_rows + of_choices,
+    }

@@ -1,0 +1,66 @@
+"""The physical limits, as contenders: the products and nothing else, a copy of as many bytes, a call that does nothing.
+
+The products are torch.mm(out=) on exactly the served rows, 2 forward (3 matrices' worth if gated) and 4 backward, on
+buffers made beforehand: expert by expert ("GEMMs alone"), or all rows through one expert ("dense GEMMs").
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .shapes import Inputs
+
+GEMMS, DENSE, COPY, LAUNCH = "GEMMs alone", "dense GEMMs", "copy of as many bytes", "empty call"
+
+
+class Gemms:
+    """The layer's products on rows that lie expert by expert."""
+
+    def __init__(self, inputs: Inputs, dense: bool = False) -> None:
+        case, rows = inputs.case, inputs.served
+        counts = [inputs.served] if dense else inputs.counts
+        self.w1, self.w2 = (weight.detach()[: len(counts)] for weight in (inputs.experts["w1"], inputs.experts["w2"]))
+        self.grad_w1, self.grad_w2 = torch.empty_like(self.w1), torch.empty_like(self.w2)
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        places = enumerate(zip(ends, counts, strict=True))
+        self.groups = [(e, slice(end - count, end)) for e, (end, count) in places if count]
+        self.x, self.grad_out = inputs.normal(rows, case.D), inputs.normal(rows, case.D)
+        self.hidden, self.grad_z = inputs.normal(rows, case.F), inputs.normal(rows, case.width)
+        self.out, self.grad_x = torch.empty_like(self.x), torch.empty_like(self.x)
+        self.z, self.grad_hidden = torch.empty_like(self.grad_z), torch.empty_like(self.hidden)
+
+    def forward(self) -> None:
+        for e, rows in self.groups:
+            torch.mm(self.x[rows], self.w1[e], out=self.z[rows])
+            torch.mm(self.hidden[rows], self.w2[e], out=self.out[rows])
+
+    def forward_backward(self) -> None:
+        self.forward()
+        for e, rows in self.groups:
+            torch.mm(self.grad_out[rows], self.w2[e].t(), out=self.grad_hidden[rows])
+            torch.mm(self.hidden[rows].t(), self.grad_out[rows], out=self.grad_w2[e])
+            torch.mm(self.x[rows].t(), self.grad_z[rows], out=self.grad_w1[e])
+            torch.mm(self.grad_z[rows], self.w1[e].t(), out=self.grad_x[rows])
+
+
+def copy(nbytes: float, device: str) -> Callable[[], Tensor]:
+    """Moves ``nbytes`` in all: half of them are read, half are written."""
+    size = max(int(nbytes) // 2, 1)
+    source, target = (
+        torch.ones(size, dtype=torch.uint8, device=device),
+        torch.empty(size, dtype=torch.uint8, device=device),
+    )
+    return functools.partial(target.copy_, source)
+
+
+def empty_call(device: str) -> Callable[[], Tensor]:
+    """An op of torch that fills one element: what no call can fall below."""
+    return torch.empty(1, device=device).zero_
+
+
+def product(side: int, device: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """One square product: the most that torch's GEMM makes of this machine."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return functools.partial(torch.mm, a, b, out=torch.empty_like(a))

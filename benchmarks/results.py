@@ -1,0 +1,177 @@
+"""The rows of a run: completed by what they are compared with, printed as a table, written as JSON."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import widenet_kernels as wk
+
+from .shapes import Case
+from .timing import Contender, Row
+
+FORMAT = 1
+
+
+class Section(NamedTuple):
+    """Contenders for the same work, timed in the same rounds."""
+
+    bench: str
+    case: Case
+    direction: str  # forward or forward+backward
+    contenders: list[Contender]
+    limit: str | None  # the contender that the others' share_of_limit refers to
+
+
+def complete(section: Section, about: Row, measured: dict[str, Row]) -> Iterator[Row]:
+    """The rows of a section as the result file has them; ``about``: dtype, device, threads."""
+    times = {contender.kind: [] for contender in section.contenders}
+    for contender in section.contenders:
+        if "ms" in measured.get(contender.name, {}):
+            times[contender.kind].append(measured[contender.name]["ms"])
+    limit_ms = measured.get(section.limit or "", {}).get("ms")
+    best_peer_ms = min(times.get("peer") or [None])
+    for contender in section.contenders:
+        row = measured.get(contender.name, {})
+        if "ms" not in row and "why" not in row:
+            continue  # interrupted before its turn
+        head = {
+            "bench": section.bench,
+            "shape": section.case.name,
+            "dims": section.case.dims,
+            "pass": section.direction,
+        }
+        yield head | about | {"contender": contender.name, "kind": contender.kind} | figures(contender, row) | {
+            "limit": section.limit,
+            "share_of_limit": ratio(limit_ms, row.get("ms")),
+            "ratio_to_best_peer": None if contender.kind == "limit" else ratio(best_peer_ms, row.get("ms")),
+        }  # fmt: skip
+
+
+def figures(contender: Contender, row: Row) -> Row:
+    empty = {"peak_mib": None, "relative_error": None, "host_us": None}
+    counted = {"flops": contender.flops, "bytes": contender.nbytes, "tflops": None, "gb_per_s": None}
+    if "ms" in row:
+        counted["tflops"] = ratio(contender.flops, row["ms"] * 1e9)
+        counted["gb_per_s"] = ratio(contender.nbytes, row["ms"] * 1e6)
+    return empty | counted | row
+
+
+def ratio(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or not whole else part / whole
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def machine() -> dict[str, Any]:
+    gpu = torch.cuda.is_available()
+    return {
+        "cpu": cpu_name(),
+        "cpu_level": wk.build_info().get("cpu_level"),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "triton", "numpy")},
+        "widenet_kernels": wk.__version__,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Of the checkout that this file stands in; WIDENET_COMMIT names it where there is no .git."""
+    root = Path(__file__).parents[1]
+    here = said("git", "-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
+    return os.environ.get("WIDENET_COMMIT") or here
+
+
+def said(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Replaced whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps({"format": FORMAT, "machine": machine(), "rows": rows}, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+# ------------------------------------------------------------------------------------------------------------ table
+
+COLUMNS = (  # heading, width, what stands in it
+    ("time", 11, lambda row: milliseconds(row["ms"])),
+    ("spread", 11, lambda row: milliseconds(row["spread_ms"])),
+    ("rounds", 7, lambda row: str(row["rounds"])),
+    ("GFLOP/s", 10, lambda row: number(row["tflops"], 1e3, ",.1f")),
+    ("GB/s", 8, lambda row: number(row["gb_per_s"], 1, ",.1f")),
+    ("of limit", 9, lambda row: number(row["share_of_limit"], 1, ".3f")),
+    (
+        "vs best peer",
+        13,
+        lambda row: number(row["ratio_to_best_peer"], 1, ".2f") + "x" * bool(row["ratio_to_best_peer"]),
+    ),
+    ("peak MiB", 10, lambda row: number(row["peak_mib"], 1, ",.1f")),
+    ("host us", 9, lambda row: number(row["host_us"], 1, ",.1f")),
+    ("error", 9, lambda row: number(row["relative_error"], 1, ".1e")),
+)
+NAME_WIDTH = 28
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:,.1f} ms" if value >= 100 else f"{value:.3g} ms" if value >= 1 else f"{value * 1e3:.3g} us"
+
+
+def number(value: float | None, scale: float, form: str) -> str:
+    return "-" if value is None else format(value * scale, form)
+
+
+def table(rows: Iterable[Row]) -> str:
+    """A paragraph for each section: what is compared, then a line for each contender."""
+    lines, last = [], None
+    for row in rows:
+        section = title(row)
+        if section != last:
+            lines += ["", section, " " * NAME_WIDTH + "".join(f"{name:>{width}}" for name, width, _ in COLUMNS)]
+            last = section
+        name = f"  {row['contender']}"
+        if "ms" in row:
+            lines.append(f"{name:{NAME_WIDTH}}" + "".join(f"{show(row):>{width}}" for _, width, show in COLUMNS))
+        else:
+            lines.append(f"{name:{NAME_WIDTH}} {row['why']}")
+    return "\n".join(lines[1:])
+
+
+def title(row: Row) -> str:
+    sizes = " ".join(f"{name}={row['dims'][name]}" for name in ("T", "D", "F", "E", "K") if name in row["dims"])
+    of_limit = f"; limit: {row['limit']}" if row["limit"] else ""
+    device = row["device"] if row["device"] != "cpu" else f"cpu, {row['threads']} threads"
+    return f"{row['bench']} {row['shape']} ({sizes}) {row['dtype']} {row['pass']}, {device}{of_limit}"

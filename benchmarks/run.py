@@ -1,0 +1,72 @@
+"""A run: the quick check of the build, then the benches over the shapes; interrupted, what there is."""
+
+import contextlib
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import widenet_kernels as wk
+
+from . import gpu_sanitize, layer, results
+from .results import Section
+from .shapes import DTYPES, Case, Inputs
+from .timing import Budget, Row, clock, measure
+
+LARGEST_ERROR = {"fp64": 1e-9, "fp32": 1e-3, "fp16": 2e-2, "bf16": 6e-2}  # of any row
+Sections = Callable[[Inputs], Iterator[Section]]
+BENCHES: Mapping[str, Sections] = {"layer": layer.sections}
+
+
+class Plan(NamedTuple):
+    """What is to be measured."""
+
+    benches: list[str]
+    cases: list[Case]
+    dtypes: list[str]
+    directions: list[str]
+    device: str
+    threads: list[int]
+    seconds: float
+    patience: float
+
+
+def broken(device: str) -> list[str]:
+    """What is wrong with the ops of each backend on a few inputs, forward and backward, held against float64."""
+    backends = ("native", "triton", "reference")
+    there = [name for name in backends if name in wk.available_backends("route", device)]
+    faults = []
+    for backend, case in itertools.product(there, gpu_sanitize.QUICK):
+        good, seen = gpu_sanitize.check(case._replace(backend=backend), device)
+        if not good:
+            faults.append(f"{backend} on {device}, {case}: {seen}")
+    return faults
+
+
+def run(plan: Plan, rows: list[Row]) -> None:
+    """Adds to ``rows`` section by section; KeyboardInterrupt comes through when what is there has been added."""
+    steps = list(itertools.product(plan.threads, plan.cases, plan.dtypes, plan.benches))
+    timer, made = clock(plan.device), functools.lru_cache(maxsize=1)(Inputs)
+    with on_stream(plan.device), tqdm(steps, file=sys.stderr, unit="bench", leave=False) as bar:
+        for threads, case, dtype, bench in bar:
+            torch.set_num_threads(threads)
+            about = {"dtype": dtype, "device": plan.device, "threads": threads}
+            for section in BENCHES[bench](made(case, plan.device, DTYPES[dtype])):
+                if section.direction not in plan.directions:
+                    continue
+                bar.set_description(f"{bench} {case.name} {dtype} {section.direction}")
+                budget = Budget(plan.seconds, plan.patience, LARGEST_ERROR[dtype])
+                measured: dict[str, Row] = {}
+                try:
+                    measure(section.contenders, DTYPES[dtype], timer, budget, measured, bar.set_postfix_str)
+                finally:
+                    rows.extend(results.complete(section, about, measured))
+
+
+def on_stream(device: str) -> contextlib.AbstractContextManager:
+    """Graphs are captured on the stream of what they differentiate, which must not be the default one."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,253 @@
+"""Contenders are checked, then timed in turn, round after round, so that what disturbs the machine hits all alike.
+
+On a CPU by the wall clock. On a GPU as CUDA graphs between events, from a cold L2 cache: what is timed is the GPU's
+work and not the host's; what cannot be captured is timed as it is launched, and its row says so.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+COLD_BYTES = 256 << 20  # several times the L2 of any GPU so far
+LEAST_ROUNDS, MOST_ROUNDS = 3, 30
+MIB = 1 << 20
+
+Call = Callable[[], Any]
+Row = dict[str, Any]
+
+
+class Unavailable(Exception):
+    """Why a contender cannot run here."""
+
+
+class Contender(NamedTuple):
+    name: str
+    kind: str  # ours, peer or limit
+    build: Callable[[], Call]  # raises Unavailable
+    error: Callable[[Any], float] | None = None  # of what the call returns
+    flops: float | None = None  # of the call, as all contenders of a section are counted
+    nbytes: float | None = None  # each input read once, each output written once
+    work: float = 0.0  # FLOPs to foresee its time by
+    memory: float = 0.0  # bytes it will need, about
+    repeat: int = 1  # the call does the same so many times; times are of one of them
+
+
+class Budget(NamedTuple):
+    seconds: float  # for the rounds of one set of contenders
+    patience: float  # seconds; what takes longer is called once
+    largest_error: float  # of any row of a result
+
+
+class Clock:
+    """Times a call on a CPU."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self._flops_per_second: dict[torch.dtype, float] = {}
+
+    def prepare(self, call: Call) -> tuple[Call, str]:
+        """What is to be called in the rounds, and how it is timed."""
+        return call, "wall clock"
+
+    def turn(self, call: Call) -> float:
+        """Milliseconds of one call. One before it is not timed, so that a contender meets the caches and the allocator
+        as it leaves them itself: memory that malloc gave back in between would be paged in anew."""
+        call()
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+
+    def synchronize(self) -> None:
+        pass
+
+    def host_us(self, call: Call) -> float | None:
+        """What the host takes to launch the call, if that is not the call itself."""
+        return None
+
+    def free_bytes(self) -> float:
+        meminfo = Path("/proc/meminfo")
+        if not meminfo.exists():
+            return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        return float(available.split()[1]) * 1024
+
+    def peak_bytes(self, call: Call) -> int:
+        """The most that torch holds during the call above what it held before."""
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or every profile says so on stderr
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            call()
+        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+    def foreseen_seconds(self, flops: float, dtype: torch.dtype) -> float:
+        """By the speed of one small product: without instructions for a dtype, it can be hundreds of times slower."""
+        if dtype not in self._flops_per_second:
+            side = 256
+            a = torch.ones(side, side, dtype=dtype)
+            torch.mm(a, a)
+            start = time.perf_counter()
+            torch.mm(a, a)
+            self._flops_per_second[dtype] = 2 * side**3 / (time.perf_counter() - start)
+        return flops / self._flops_per_second[dtype]
+
+
+class CudaClock(Clock):
+    device = "cuda"
+
+    def __init__(self) -> None:
+        self._cold = torch.rand(COLD_BYTES // 4, device="cuda")
+
+    def prepare(self, call: Call) -> tuple[Call, str]:
+        try:
+            return captured(call), "graph"
+        except Exception as error:
+            return call, f"events, not captured: {one_line(error)[:80]}"
+
+    def turn(self, call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._cold.sum()  # reads, so that no dirty lines are left to be written back during the call
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def host_us(self, call: Call) -> float | None:
+        """Per call, of ten issued one after the other into an empty queue; the median of three turns."""
+        calls, times = 10, []
+        for _ in range(3):
+            self.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            times.append((time.perf_counter() - start) * 1e6 / calls)
+        self.synchronize()
+        return statistics.median(times)
+
+    def free_bytes(self) -> float:
+        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return float(torch.cuda.mem_get_info()[0] + held)
+
+    def peak_bytes(self, call: Call) -> int:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def foreseen_seconds(self, flops: float, dtype: torch.dtype) -> float:
+        return 0.0
+
+
+def clock(device: str) -> Clock:
+    return CudaClock() if device == "cuda" else Clock()
+
+
+def captured(call: Call) -> Call:
+    """The call as a CUDA graph on the current stream, on which everything it differentiates must have run."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def measure(
+    contenders: list[Contender], dtype: torch.dtype, clock: Clock, budget: Budget, rows: dict[str, Row],
+    progress: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Puts into ``rows``, by name, the figures of each contender, or why there are none: interrupted, what there is."""
+    calls: dict[str, Call] = {}
+    samples: dict[str, list[float]] = {}
+    for contender in contenders:
+        progress(contender.name)
+        row = rows[contender.name] = {}
+        try:
+            check_cost(contender, dtype, clock, budget.patience)
+            call, first_ms = checked(contender, clock, budget, row)
+        except Unavailable as why:
+            row["why"] = str(why)
+        except Exception as error:  # a contender that cannot run here stops no other
+            row["why"] = f"{type(error).__name__}: {one_line(error)[:300]}"
+        else:
+            if first_ms > budget.patience * 1e3:
+                row |= summary([first_ms], contender.repeat)
+                continue
+            row["peak_mib"] = clock.peak_bytes(call) / MIB
+            row["host_us"] = clock.host_us(call)
+            calls[contender.name], row["timed"] = clock.prepare(call)
+            samples[contender.name] = []
+    try:
+        interleaved(calls, clock, budget.seconds, samples, progress)
+    finally:
+        repeats = {contender.name: contender.repeat for contender in contenders}
+        for name, times in samples.items():
+            if times:
+                rows[name] |= summary(times, repeats[name])
+
+
+def interleaved(
+    calls: Mapping[str, Call], clock: Clock, seconds: float, samples: Mapping[str, list[float]],
+    progress: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Rounds in which each has one turn."""
+    start = time.perf_counter()
+    for number in range(MOST_ROUNDS if calls else 0):
+        if number >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+            return
+        for name, call in calls.items():
+            progress(f"{name}, round {number + 1}")
+            samples[name].append(clock.turn(call))
+
+
+def check_cost(contender: Contender, dtype: torch.dtype, clock: Clock, patience: float) -> None:
+    free = clock.free_bytes()
+    if contender.memory > free:
+        raise Unavailable(f"needs {contender.memory / MIB:,.0f} MiB, {free / MIB:,.0f} are free")
+    seconds = clock.foreseen_seconds(contender.work, dtype)
+    if seconds > patience:
+        rate = contender.work / seconds / 1e9
+        raise Unavailable(f"torch.mm makes {rate:.3g} GFLOP/s here: {seconds:,.0f} s foreseen, patience {patience:g} s")
+
+
+def checked(contender: Contender, clock: Clock, budget: Budget, row: Row) -> tuple[Call, float]:
+    """The call, and the milliseconds of its first time, which gave the right answer."""
+    call = contender.build()
+    start = time.perf_counter()
+    result = call()
+    clock.synchronize()
+    first_ms = (time.perf_counter() - start) * 1e3
+    if contender.error:
+        row["relative_error"] = contender.error(result)
+        if not row["relative_error"] <= budget.largest_error:
+            raise Unavailable(f"WRONG: off by {row['relative_error']:.3g}, allowed {budget.largest_error:g}")
+    return call, first_ms
+
+
+def summary(times: list[float], repeat: int = 1) -> Row:
+    """Of milliseconds: the median, the lowest, the distance of the quartiles."""
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
+    figures = {"ms": statistics.median(times), "lowest_ms": min(times), "spread_ms": high - low}
+    return {name: value / repeat for name, value in figures.items()} | {"rounds": len(times)}
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
