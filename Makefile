@@ -22,8 +22,8 @@ test: $(VENV)/installed  ## the whole test suite, sanitizers included; then the 
 report: $(VENV)/installed  ## the Triton kernels compiled for every target: registers, shared memory, tensor cores
 	$(BIN)/python -m widenet_kernels.triton.report
 
-bench: $(VENV)/installed  ## the layer against the time of its GEMMs alone
-	$(BIN)/python benchmarks/bench_layer.py
+bench: $(VENV)/installed  ## the layer and its stages against peers and the physical limit, in about five minutes
+	$(BIN)/python -m widenet_kernels bench
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -45,7 +45,7 @@ $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch triton setuptools wheel cmake ninja pybind11
 	$(PIP) -r requirements-nvcc.txt
-	PATH="$(CURDIR)/$(BIN):$$PATH" WIDENET_CUDA=ON $(PIP) --no-build-isolation -e '.[examples,test,lint]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" WIDENET_CUDA=ON $(PIP) --no-build-isolation -e '.[examples,bench,test,lint]'
 	touch $@
 
 clean:

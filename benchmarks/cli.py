@@ -10,7 +10,7 @@ from . import results, shapes
 from .layer import DIRECTIONS
 from .timing import Row
 
-DEFAULT_BENCHES = ("layer",)
+DEFAULT_BENCHES = ("ceilings", "layer", "gate", "plan", "route", "permute", "grouped_gemm", "combine")
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,7 @@
 """FLOPs and bytes, counted from the shapes: those of served rows; each input read once, each output written once."""
 
+from widenet_kernels.models import WideNetConfig
+
 from .shapes import Case
 
 WIDE, INDEX = 4, 4  # bytes: logits, probs and weights in fp32; int32
@@ -41,3 +43,14 @@ def movement_bytes(case: Case, num_rows: int, served: int, element: int) -> dict
         "combine": of_served + of_tokens + of_choices,
         "combine backward": of_tokens + of_served + of_rows + INDEX * num_rows + of_choices,
     }
+
+
+def model_flops(config: WideNetConfig, images: int) -> float:
+    """Of a training step, its products: patches, and in every block attention, router and both choices' experts."""
+    length, dim = config.num_patches + 1, config.hidden_size
+    tokens = images * length
+    attention = 4 * 2 * tokens * dim**2 + 2 * 2 * tokens * length * dim  # four maps; scores and their sums of values
+    router = 2 * tokens * dim * config.num_experts
+    experts = 2 * 2 * tokens * config.k * dim * config.ffn_size
+    patches = 2 * images * config.num_patches * config.num_channels * config.patch_size**2 * dim
+    return 3.0 * (patches + config.num_layers * (attention + router + experts))

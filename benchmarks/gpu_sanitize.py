@@ -51,7 +51,6 @@ LARGE = (
     Case(Shape(1000, 136, 264, 64, 8, None, "even", "many experts, few rows each"), "silu", torch.float16, True),
 )
 TINY = (Case(Shape(12, 8, 12, 3, 2, 7, "skewed", "for a CPU"), "gelu", torch.float32, True),)
-QUICK = (TINY[0], SMALL[1])  # before a benchmark
 
 
 def run(case: Case, device: str, exact: bool) -> Results:

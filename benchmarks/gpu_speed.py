@@ -20,9 +20,9 @@ from torch import Tensor
 
 import widenet_kernels as wk
 
-from . import gpu_layers, gpu_results, gpu_stages
-from .gpu_layers import FINE_GRAINED, MIXTRAL, WIDENET_B, Case, Inputs, leaves, with_gradients
-from .gpu_timing import DENSE, Bench, Work, machine
+from . import gpu_results, gpu_stages, peers, results
+from .gpu_timing import DENSE, Bench, Work
+from .shapes import FINE_GRAINED, MIXTRAL, WIDENET_B, Case, Inputs
 
 Section = Callable[[Bench], None]
 
@@ -46,48 +46,10 @@ def ceilings(bench: Bench) -> None:
         gpu_results.add(bench.path, ("copy_gb_per_s",), bench.copy_gb_per_s)
 
 
-def layer(bench: Bench, case: Case) -> None:
-    """moe_ffn and the whole layer, forward and forward+backward, against the peers and the floor."""
-    inputs = Inputs(case, bench.device)
-    values = leaves({"x": inputs.x, "weight": inputs.gate.weight, **inputs.experts()})
-    routed = leaves({"router": inputs.router}) | {name: t for name, t in values.items() if name != "weight"}
-    routed = {name: routed[name] for name in ("x", "router", "w1", "b1", "w2", "b2")}
-    grad = inputs.normal(case.T, case.D)
-    truth: tuple[Tensor, ...] = ()
-    if not bench.fill:
-        exact = with_gradients(gpu_layers.loop(inputs), leaves(values, torch.float32), grad.float())
-        truth = tuple(t.detach() for t in exact())
-    ffn = {"moe_ffn": gpu_layers.ours(inputs, bench.backend)}
-    for name, peer in gpu_layers.PEERS.items():
-        ffn[name] = peer(inputs)
-    layers = {name: (function, values, truth) for name, function in ffn.items()}
-    layers["route + moe_ffn"] = (gpu_layers.ours_routed(inputs, None), routed, truth[:1])  # each by its best backend
-    layers[f"route + moe_ffn, {bench.backend}"] = (gpu_layers.ours_routed(inputs, bench.backend), routed, truth[:1])
-    dense, flops = gpu_layers.Dense(inputs), case.flops(inputs.served)
-    about = f"{case.name} layer, {inputs.served} of {case.T * case.K} choices served"
-
-    def forward(function: Callable[..., Tensor], arguments: dict[str, Tensor | None]) -> Callable[[], Tensor]:
-        return torch.no_grad()(lambda: function(*arguments.values()))
-
-    def host(name: str) -> bool:
-        return "moe_ffn" in name
-
-    works = {DENSE: Work(dense.forward, flops=flops)}
-    for name, (function, arguments, expected) in layers.items():
-        call = forward(function, arguments)
-        works[name] = Work(call, expected[:1], flops=flops, host=host(name))
-    bench.measure(f"{about}, forward", works)
-    works = {DENSE: Work(dense.forward_backward, flops=3 * flops)}
-    for name, (function, arguments, expected) in layers.items():
-        call = with_gradients(function, arguments, grad)
-        works[name] = Work(call, expected, flops=3 * flops, host=host(name))
-    bench.measure(f"{about}, forward+backward", works)
-
-
 def gemms(bench: Bench, case: Case) -> None:
     """grouped_gemm by itself: both layers forward, and the first one's two gradients, against products of torch."""
-    inputs = Inputs(case, bench.device)
-    experts = inputs.experts()
+    inputs = Inputs(case, bench.device, torch.bfloat16)
+    experts = inputs.experts
     for name, depth, weight, bias, activation in (
         ("first layer", case.D, experts["w1"], experts["b1"], case.activation),
         ("second layer", case.F, experts["w2"], experts["b2"], None),
@@ -102,10 +64,10 @@ def one_layer(
 ) -> None:
     (_, depth, width), plan = weight.shape, inputs.plan
     rows, weight = rows.requires_grad_(), weight.requires_grad_()
-    served = torch.cat([torch.arange(r.start, r.stop, device=bench.device) for r in inputs.rows_of()])
+    served = inputs.served_rows()
     packed, grad = rows.detach()[served], inputs.normal(plan.num_rows, width)
     packed_grad, ends = grad[served], torch.tensor(inputs.counts, device=bench.device).cumsum(0).to(torch.int32)
-    dense_weight, multiply = weight.detach()[0].contiguous(), gpu_layers.torch_grouped_mm()
+    dense_weight, multiply = weight.detach()[0].contiguous(), peers.torch_grouped_mm()
     forward = torch.no_grad()(lambda: wk.grouped_gemm(rows, weight, plan, backend=bench.backend))
     whole = torch.no_grad()(lambda: wk.grouped_gemm(rows, weight, plan, bias, activation, backend=bench.backend))
     out = wk.grouped_gemm(rows, weight, plan, backend=bench.backend)
@@ -155,15 +117,13 @@ def one_layer_truth(way: str, inputs: Inputs, rows: Tensor, weight: Tensor, grad
 
 
 def timings(shrink: Callable[[Case], Case]) -> dict[str, Section]:
-    widenet, mixtral, fine = (shrink(case) for case in (WIDENET_B, MIXTRAL, FINE_GRAINED))
+    widenet, mixtral, fine = (shrink(case) for case in (WIDENET_B._replace(name="WideNet-B"), MIXTRAL, FINE_GRAINED))
     return {
         "ceilings": ceilings,
-        "WideNet-B layer": lambda bench: layer(bench, widenet),
         "WideNet-B routing": lambda bench: gpu_stages.routing(bench, widenet),
         "WideNet-B movement": lambda bench: gpu_stages.movement(bench, widenet),
         "WideNet-B gemms": lambda bench: gemms(bench, widenet),
-        "Mixtral layer": lambda bench: layer(bench, mixtral),
-        "fine-grained layer": lambda bench: layer(bench, fine),
+        "Mixtral gemms": lambda bench: gemms(bench, mixtral),
         "fine-grained routing": lambda bench: gpu_stages.routing(bench, fine),
         "fine-grained movement": lambda bench: gpu_stages.movement(bench, fine),
     }
@@ -180,6 +140,12 @@ def fill_cache(names: list[str], seconds: float) -> None:
             process.wait(max(end - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+def problems(device: str) -> dict[str, str | None]:
+    """The backends that serve route, best first, and why there may be no CUDA C++ among them."""
+    backends = ",".join(wk.available_backends("route", device))
+    return {"route": backends, "cuda_problem": wk.build_info().get("cuda_problem")}
 
 
 def run(bench: Bench, sections: dict[str, Section], names: list[str]) -> bool:
@@ -205,7 +171,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sweep", action="store_true", help="sweep over tiles instead of the timings")
     parser.add_argument("--only", nargs="+", metavar="SECTION")
     parser.add_argument("--seconds", type=float, default=0.7, help="for one set of contenders")
-    parser.add_argument("--commit", default=os.environ.get("WIDENET_COMMIT"), help="where there is no .git")
     parser.add_argument("--fill", action="store_true", help="only compile: call everything once")
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny sizes on the CPU; the numbers mean nothing")
     return parser.parse_args()
@@ -228,9 +193,9 @@ def main() -> None:
         sections, part = timings(shrink), "speed"
     names = options.only or list(sections)
     if not options.fill:
-        gpu_results.add(options.results, ("machine",), machine(device, options.commit))
+        gpu_results.add(options.results, ("machine",), results.machine() | problems(device))
     if device == "cuda" and not options.fill:
-        fill_cache(names, 25 if options.sweep else 45)  # of on_gpu.sh's limits
+        fill_cache(names, 25)  # of on_gpu.sh's limits
     bench = Bench(options.results, part, device, "triton", options.seconds, options.fill)
     if device == "cpu":
         sys.exit(not run(bench, sections, names))

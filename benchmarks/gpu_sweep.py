@@ -9,8 +9,9 @@ from torch import Tensor
 from widenet_kernels.triton import grouped_gemm, moe, tiles
 from widenet_kernels.triton.tiles import Problem, Tile
 
-from .gpu_layers import FINE_GRAINED, MIXTRAL, WIDENET_B, Case, Inputs
-from .gpu_timing import Bench, Work, tensors
+from .agreement import tensors
+from .gpu_timing import Bench, Work
+from .shapes import FINE_GRAINED, MIXTRAL, WIDENET_B, Case, Inputs
 
 CANDIDATES = {
     "rows": (
@@ -108,10 +109,10 @@ class Products:
     """The products of one layer as the backend launches them, on random operands."""
 
     def __init__(self, case: Case, bench: Bench) -> None:
-        self.case, self.inputs = case, Inputs(case, bench.device)
-        self.plan, self.experts = self.inputs.plan, self.inputs.experts()
+        self.case, self.inputs = case, Inputs(case, bench.device, torch.bfloat16)
+        self.plan, self.experts = self.inputs.plan, self.inputs.experts
         self.places = (self.plan.expert_begin, self.plan.expert_count)
-        self.served = torch.cat([torch.arange(r.start, r.stop) for r in self.inputs.rows_of()]).to(bench.device)
+        self.served = self.inputs.served_rows()
         self.flops = 2.0 * self.inputs.served * case.D * case.F
 
     def random(self, columns: int) -> Tensor:

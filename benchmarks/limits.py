@@ -13,6 +13,7 @@ from torch import Tensor
 from .shapes import Inputs
 
 GEMMS, DENSE, COPY, LAUNCH = "GEMMs alone", "dense GEMMs", "copy of as many bytes", "empty call"
+PRODUCTS = "the same mm calls"  # with the router's
 
 
 class Gemms:
@@ -43,6 +44,13 @@ class Gemms:
             torch.mm(self.hidden[rows].t(), self.grad_out[rows], out=self.grad_w2[e])
             torch.mm(self.x[rows].t(), self.grad_z[rows], out=self.grad_w1[e])
             torch.mm(self.grad_z[rows], self.w1[e].t(), out=self.grad_x[rows])
+
+    def first_layer(self, backward: bool) -> None:
+        for e, rows in self.groups:
+            torch.mm(self.x[rows], self.w1[e], out=self.z[rows])
+            if backward:
+                torch.mm(self.x[rows].t(), self.grad_z[rows], out=self.grad_w1[e])
+                torch.mm(self.grad_z[rows], self.w1[e].t(), out=self.grad_x[rows])
 
 
 def copy(nbytes: float, device: str) -> Callable[[], Tensor]:

@@ -6,7 +6,8 @@
 # OUTDIR gets at most 6 files, each complete up to the last finished step whenever the script is stopped:
 #   results.json   the machine, every number, every stage's status
 #   summary.txt    the same as a table, also printed last
-#   install.log, speed.log (smoke, graph, timings, sweeps), tests.log, sanitizer.log
+#   table.json     the layer and its stages against peers and limits: python -m widenet_kernels bench
+#   speed.log (install, smoke, graph, timings, table, sweeps), tests.log, sanitizer.log
 #
 # The most important first; none stops the next; each has its own limit, and 3 s to end once it is reached:
 #
@@ -15,12 +16,13 @@
 #   install-pure    12  only if that failed: without compiled kernels
 #   smoke           50  every op of every backend, forward and backward, against float64
 #   graph           30  the whole layer as a CUDA graph, replayed on new data, against eager calls
-#   timings        120  the layer and its stages, by backend, against copies, dense products and torch's own
-#   tests          110  pytest -m gpu in many processes, the contract of tests/conformance first
-#   sweeps          45  tile sizes for every form of GEMM
-#   memcheck        40  compute-sanitizer over a small set
+#   timings         58  the stages and the GEMMs, by backend, against copies, dense products and torch's own
+#   table           75  python -m widenet_kernels bench --shape gpu, which prints what there is when its time is up
+#   tests          105  pytest -m gpu in many processes, the contract of tests/conformance first
+#   sweeps          40  tile sizes for every form of GEMM
+#   memcheck        35  compute-sanitizer over a small set
 #   racecheck       20  the same for races, if memcheck could run
-#                  497  + 9 x 3 s; whatever happens, no stage runs past second 525
+#                  495  + 10 x 3 s; whatever happens, no stage runs past second 525
 #
 # A status is ok, failed (exit code), timed out, not there (a tool is missing), refused (the sanitizer cannot watch
 # this device) or no time. PYTHON names the Python that has torch (python3 otherwise); WIDENET_COMMIT the commit, where
@@ -59,7 +61,7 @@ out=$(cd "$1" && pwd)
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work" "$out/.results.json.partial"' EXIT
 results=$out/results.json
-rm -f "$results" "$out"/{summary.txt,install.log,speed.log,tests.log,sanitizer.log}
+rm -f "$results" "$out"/{summary.txt,table.json,speed.log,tests.log,sanitizer.log}
 export PYTHONUNBUFFERED=1
 export PATH=$PATH:/usr/local/cuda/bin # nvcc and compute-sanitizer, where a toolkit is not on it already
 export WIDENET_COMMIT=${WIDENET_COMMIT:-$(git -C "$root" rev-parse HEAD 2>/dev/null)}
@@ -116,12 +118,12 @@ versions() { # of what the installation uses, found as setup.py finds it
 }
 
 install() { # into the temporary folder: the machine's Python stays as it is
-  versions >"$out/install.log" 2>&1
+  versions >"$out/speed.log" 2>&1
   local pip=("$python" -m pip --disable-pip-version-check install --no-index --no-build-isolation --no-deps)
-  stage install 70 install.log env WIDENET_CUDA=ON "${pip[@]}" --target "$work/site" "$root"
+  stage install 70 speed.log env WIDENET_CUDA=ON "${pip[@]}" --target "$work/site" "$root"
   if [ "$status" != ok ]; then
     rm -rf "$work/site"
-    stage install-pure 12 install.log env WIDENET_NATIVE=OFF "${pip[@]}" --target "$work/site" "$root"
+    stage install-pure 12 speed.log env WIDENET_NATIVE=OFF "${pip[@]}" --target "$work/site" "$root"
   fi
   if [ "$status" != ok ]; then # the packages as they stand in the checkout
     mkdir -p "$work/site"
@@ -131,26 +133,35 @@ install() { # into the temporary folder: the machine's Python stays as it is
   export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 }
 
+table() { # PYTHON JSON
+  local shape
+  for shape in widenet-b-256 mixtral fine-grained small; do # each called once side by side: that compiles the kernels
+    "$1" -m widenet_kernels bench --bench layer --shape "$shape" --device cuda --patience 0 >/dev/null 2>&1 &
+  done
+  wait
+  exec "$1" -m widenet_kernels bench --shape gpu --device cuda --seconds 0.5 --json "$2"
+}
+
 run_tests() {
   if ! "$python" -c 'import pytest' 2>/dev/null; then
-    absent tests 110
+    absent tests 105
     return
   fi
-  stage tests 110 tests.log "$python" "$root/benchmarks/gpu_tests.py"
+  stage tests 105 tests.log "$python" "$root/benchmarks/gpu_tests.py"
 }
 
 sanitize() {
   local sanitizer
   sanitizer=$(command -v compute-sanitizer)
   if [ -z "$sanitizer" ]; then
-    absent memcheck 40
+    absent memcheck 35
     absent racecheck 20
     return
   fi
   # without the caching allocator every tensor is an allocation whose ends the sanitizer knows
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   local options=(--error-exitcode 86 --print-limit 20 --target-processes all)
-  stage memcheck 40 sanitizer.log "$sanitizer" --tool memcheck "${options[@]}" "$python" -m "$benchmarks.gpu_sanitize"
+  stage memcheck 35 sanitizer.log "$sanitizer" --tool memcheck "${options[@]}" "$python" -m "$benchmarks.gpu_sanitize"
   if [ "$status" = refused ]; then
     report racecheck refused 0 20
   else
@@ -163,6 +174,8 @@ if [ ${#smoke[@]} -gt 0 ]; then
   stage graph 60 speed.log "$python" -m "$benchmarks.gpu_graph" --json "$results" "${smoke[@]}"
   stage timings 120 speed.log "$python" -m "$benchmarks.gpu_speed" "$results" "${smoke[@]}" \
     --only ceilings "WideNet-B routing" "WideNet-B movement"
+  stage table 60 speed.log "$python" -m widenet_kernels bench --bench layer --shape decode-1 --device cpu \
+    --pass forward --seconds 0 --json "$out/table.json"
   stage fails 5 tests.log "$python" -c 'raise SystemExit(3)'
   stage hangs 5 tests.log "$python" -c 'import time; time.sleep(60)'
   stage refuses 5 sanitizer.log bash -c 'echo Device not supported; exit 1'
@@ -171,9 +184,10 @@ else
   install
   stage smoke 50 speed.log "$python" -m "$benchmarks.gpu_sanitize" --large --jobs 8 --json "$results"
   stage graph 30 speed.log "$python" -m "$benchmarks.gpu_graph" --jobs 8 --json "$results"
-  stage timings 120 speed.log "$python" -m "$benchmarks.gpu_speed" "$results"
+  stage timings 58 speed.log "$python" -m "$benchmarks.gpu_speed" "$results"
+  stage table 75 speed.log bash -c "$(declare -f table); table \"\$@\"" table "$python" "$out/table.json"
   run_tests
-  stage sweeps 45 speed.log "$python" -m "$benchmarks.gpu_speed" "$results" --sweep
+  stage sweeps 40 speed.log "$python" -m "$benchmarks.gpu_speed" "$results" --sweep
   sanitize
 fi
 "$python" "$root/benchmarks/gpu_results.py" summary "$results" | tee "$out/summary.txt"

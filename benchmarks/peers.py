@@ -7,7 +7,7 @@ capacity buffers find out by themselves which; those that know no capacity are t
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from widenet_kernels.routing import GATED
 
-from .shapes import Case, Inputs
+from .shapes import Case, Inputs, Parameters
 from .timing import Unavailable
 
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
@@ -41,13 +41,13 @@ def leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
 
 
-def stacked(inputs: Inputs) -> dict[str, Tensor | None]:
+def stacked(inputs: Inputs) -> Parameters:
     """router, w1, b1, w2, b2 as they are."""
     parameters = {"router": inputs.router, **inputs.experts}
     return {name: None if tensor is None else leaf(tensor) for name, tensor in parameters.items()}
 
 
-def of_stacked(inputs: Inputs, forward: Callable[..., Tensor], parameters: Mapping[str, Tensor | None]) -> Layer:
+def of_stacked(inputs: Inputs, forward: Callable[..., Tensor], parameters: Parameters) -> Layer:
     there = {name: tensor for name, tensor in parameters.items() if tensor is not None}
     return Layer(
         lambda x: forward(x, **parameters),
@@ -57,7 +57,7 @@ def of_stacked(inputs: Inputs, forward: Callable[..., Tensor], parameters: Mappi
     )
 
 
-def expert_by_expert(inputs: Inputs) -> tuple[Tensor, list[dict[str, Tensor | None]], list[Tensor]]:
+def expert_by_expert(inputs: Inputs) -> tuple[Tensor, list[Parameters], list[Tensor]]:
     """The router, and the parameters of each expert as tensors of their own, as in a list of modules."""
     router = leaf(inputs.router)
     experts = [
@@ -75,7 +75,7 @@ def of_experts(inputs: Inputs, grads: list[Tensor]) -> dict[str, Tensor]:
     }
 
 
-def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(rows: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
 
 
@@ -83,7 +83,7 @@ def activate(z: Tensor, name: str) -> Tensor:
     if name in GATED:
         gate, value = z.chunk(2, dim=-1)
         return activate(gate, GATED[name]) * value
-    return {"gelu": functional.gelu, "silu": functional.silu, "relu": functional.relu}[name](z)
+    return functional.gelu(z) if name == "gelu" else functional.silu(z)
 
 
 def gate(x: Tensor, router: Tensor, case: Case) -> tuple[Tensor, Tensor]:
@@ -181,11 +181,16 @@ def combined(rows: Tensor, row: Tensor, weight: Tensor) -> Tensor:
     return (rows[row.reshape(-1)].view(*weight.shape, -1) * weight[..., None].to(rows.dtype)).sum(1)
 
 
-def grouped_mm(inputs: Inputs) -> Layer:
-    """torch's grouped GEMM on rows sorted by expert, as transformers calls it; without capacity."""
+def torch_grouped_mm() -> Callable[..., Tensor]:
     multiply = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
     if multiply is None:
         raise Unavailable(f"torch {torch.__version__} has no grouped_mm")
+    return multiply
+
+
+def grouped_mm(inputs: Inputs) -> Layer:
+    """torch's grouped GEMM on rows sorted by expert, as transformers calls it; without capacity."""
+    multiply = torch_grouped_mm()
     case, served = inputs.case, inputs.served
     dropped = ~inputs.choice_served()
 
@@ -210,15 +215,15 @@ def grouped_mm(inputs: Inputs) -> Layer:
 class StMoeExpert(nn.Module):
     """An expert for st-moe-pytorch, which takes any module."""
 
-    def __init__(self, parameters: Mapping[str, Tensor | None], activation: str) -> None:
+    def __init__(self, parameters: Parameters, activation: str) -> None:
         super().__init__()
         self.activation = activation
         for name, tensor in parameters.items():
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor.detach()))
 
     def forward(self, buffers: Tensor) -> Tensor:
-        rows = buffers.flatten(0, -2)
-        return linear(activate(linear(rows, self.w1, self.b1), self.activation), self.w2, self.b2).view_as(buffers)
+        w1, b1, w2, b2 = (self._parameters[name] for name in ("w1", "b1", "w2", "b2"))
+        return linear(activate(linear(buffers.flatten(0, -2), w1, b1), self.activation), w2, b2).view_as(buffers)
 
 
 def st_moe(inputs: Inputs) -> Layer:

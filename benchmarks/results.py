@@ -32,12 +32,11 @@ class Section(NamedTuple):
 
 def complete(section: Section, about: Row, measured: dict[str, Row]) -> Iterator[Row]:
     """The rows of a section as the result file has them; ``about``: dtype, device, threads."""
-    times = {contender.kind: [] for contender in section.contenders}
-    for contender in section.contenders:
-        if "ms" in measured.get(contender.name, {}):
-            times[contender.kind].append(measured[contender.name]["ms"])
-    limit_ms = measured.get(section.limit or "", {}).get("ms")
-    best_peer_ms = min(times.get("peer") or [None])
+    times = {name: row["ms"] for name, row in measured.items() if "ms" in row}
+    limit_ms = times.get(section.limit or "")
+    best_peer_ms = min(
+        (times[c.name] for c in section.contenders if c.kind == "peer" and c.name in times), default=None
+    )
     for contender in section.contenders:
         row = measured.get(contender.name, {})
         if "ms" not in row and "why" not in row:
@@ -48,10 +47,12 @@ def complete(section: Section, about: Row, measured: dict[str, Row]) -> Iterator
             "dims": section.case.dims,
             "pass": section.direction,
         }
+        counted = contender.flops or contender.nbytes or contender.name == section.limit
         yield head | about | {"contender": contender.name, "kind": contender.kind} | figures(contender, row) | {
             "limit": section.limit,
-            "share_of_limit": ratio(limit_ms, row.get("ms")),
+            "share_of_limit": ratio(limit_ms, row.get("ms")) if counted else None,
             "ratio_to_best_peer": None if contender.kind == "limit" else ratio(best_peer_ms, row.get("ms")),
+            "host_us": host_us(section, limit_ms, row),
         }  # fmt: skip
 
 
@@ -62,6 +63,13 @@ def figures(contender: Contender, row: Row) -> Row:
         counted["tflops"] = ratio(contender.flops, row["ms"] * 1e9)
         counted["gb_per_s"] = ratio(contender.nbytes, row["ms"] * 1e6)
     return empty | counted | row
+
+
+def host_us(section: Section, limit_ms: float | None, row: Row) -> float | None:
+    """As measured; of the bench of that name, what goes beyond the products."""
+    if section.bench != "host" or limit_ms is None or "ms" not in row:
+        return row.get("host_us")
+    return (row["ms"] - limit_ms) * 1e3
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:
@@ -171,7 +179,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def title(row: Row) -> str:
-    sizes = " ".join(f"{name}={row['dims'][name]}" for name in ("T", "D", "F", "E", "K") if name in row["dims"])
+    sizes = " ".join(f"{name}={row['dims'][name]}" for name in ("T", "D", "F", "E", "K"))
     of_limit = f"; limit: {row['limit']}" if row["limit"] else ""
     device = row["device"] if row["device"] != "cpu" else f"cpu, {row['threads']} threads"
     return f"{row['bench']} {row['shape']} ({sizes}) {row['dtype']} {row['pass']}, {device}{of_limit}"

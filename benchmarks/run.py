@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,14 +13,20 @@ from tqdm import tqdm
 
 import widenet_kernels as wk
 
-from . import gpu_sanitize, layer, results
+from . import ceilings, gpu_sanitize, host, layer, model, results, stages
 from .results import Section
 from .shapes import DTYPES, Case, Inputs
 from .timing import Budget, Row, clock, measure
 
 LARGEST_ERROR = {"fp64": 1e-9, "fp32": 1e-3, "fp16": 2e-2, "bf16": 6e-2}  # of any row
 Sections = Callable[[Inputs], Iterator[Section]]
-BENCHES: Mapping[str, Sections] = {"layer": layer.sections}
+ONCE: Mapping[str, Sections] = {"ceilings": ceilings.sections, "host": host.sections}  # whatever the shape
+BENCHES: Mapping[str, Sections] = {
+    **ONCE,
+    "layer": layer.sections,
+    **{name: functools.partial(stages.sections, name) for name in stages.OPS},
+    "train_step": model.sections,
+}
 
 
 class Plan(NamedTuple):
@@ -40,7 +47,7 @@ def broken(device: str) -> list[str]:
     backends = ("native", "triton", "reference")
     there = [name for name in backends if name in wk.available_backends("route", device)]
     faults = []
-    for backend, case in itertools.product(there, gpu_sanitize.QUICK):
+    for backend, case in itertools.product(there, gpu_sanitize.SMALL):
         good, seen = gpu_sanitize.check(case._replace(backend=backend), device)
         if not good:
             faults.append(f"{backend} on {device}, {case}: {seen}")
@@ -49,7 +56,11 @@ def broken(device: str) -> list[str]:
 
 def run(plan: Plan, rows: list[Row]) -> None:
     """Adds to ``rows`` section by section; KeyboardInterrupt comes through when what is there has been added."""
-    steps = list(itertools.product(plan.threads, plan.cases, plan.dtypes, plan.benches))
+    steps = [
+        (threads, case, dtype, bench)
+        for threads, case, dtype, bench in itertools.product(plan.threads, plan.cases, plan.dtypes, plan.benches)
+        if bench not in ONCE or case is plan.cases[0]
+    ]
     timer, made = clock(plan.device), functools.lru_cache(maxsize=1)(Inputs)
     with on_stream(plan.device), tqdm(steps, file=sys.stderr, unit="bench", leave=False) as bar:
         for threads, case, dtype, bench in bar:
@@ -65,8 +76,16 @@ def run(plan: Plan, rows: list[Row]) -> None:
                     measure(section.contenders, DTYPES[dtype], timer, budget, measured, bar.set_postfix_str)
                 finally:
                     rows.extend(results.complete(section, about, measured))
+                free_memory(plan.device)
 
 
 def on_stream(device: str) -> contextlib.AbstractContextManager:
     """Graphs are captured on the stream of what they differentiate, which must not be the default one."""
     return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
+
+
+def free_memory(device: str) -> None:
+    """What a section's calls and graphs held."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()

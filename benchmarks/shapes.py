@@ -14,6 +14,7 @@ from widenet_kernels.routing import GATED
 
 PATCHES = 197  # tokens of an image of 224 x 224, the first position included
 MARGIN = 0.125  # between the best logits of a token: what rounding makes of a logit must not change the ranking
+Parameters = dict[str, Any]  # tensors; the biases may be None
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -134,8 +135,9 @@ class Inputs:
         missing = wanted - x @ router.t()
         x += torch.linalg.solve(router @ router.t(), missing.t()).t() @ router  # the least that has these logits
         self.x = x.to(dtype)
-        options = {"normalize": case.normalize, "backend": "reference"}
-        self.gate, self.plan, self.logits = wk.route(self.x, self.router, case.K, case.capacity, **options)
+        self.gate, self.plan, self.logits = wk.route(
+            self.x, self.router, case.K, case.capacity, normalize=case.normalize, backend="reference"
+        )
         self.counts: list[int] = self.plan.expert_count.tolist()
         self.demand: list[int] = self.plan.expert_demand.tolist()
         self.served = sum(self.counts)
@@ -157,7 +159,7 @@ class Inputs:
         return gumbel - torch.arange(1, case.E + 1, device=self.device).log()
 
     @functools.cached_property
-    def experts(self) -> dict[str, Tensor | None]:
+    def experts(self) -> Parameters:
         """w1 [E, D, width], b1 [E, width], w2 [E, F, D], b2 [E, D], which only whole layers need."""
         case = self.case
         return {
@@ -184,6 +186,10 @@ class Inputs:
         """Each expert's served rows."""
         begins = self.plan.expert_begin.tolist()
         return [slice(begin, begin + count) for begin, count in zip(begins, self.counts, strict=True)]
+
+    def served_rows(self) -> Tensor:
+        """[served], int64"""
+        return (self.plan.row_choice >= 0).nonzero().view(-1)
 
     def choice_served(self) -> Tensor:
         """[T, K] bool"""

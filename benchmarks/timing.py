@@ -54,7 +54,7 @@ class Clock:
 
     def prepare(self, call: Call) -> tuple[Call, str]:
         """What is to be called in the rounds, and how it is timed."""
-        return call, "wall clock"
+        return call, "cpu"
 
     def turn(self, call: Call) -> float:
         """Milliseconds of one call. One before it is not timed, so that a contender meets the caches and the allocator
@@ -67,9 +67,17 @@ class Clock:
     def synchronize(self) -> None:
         pass
 
-    def host_us(self, call: Call) -> float | None:
-        """What the host takes to launch the call, if that is not the call itself."""
-        return None
+    def host_us(self, call: Call) -> float:
+        """What the host takes for a call, of ten issued into an empty queue; the median of three turns."""
+        calls, times = 10, []
+        for _ in range(3):
+            self.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            times.append((time.perf_counter() - start) * 1e6 / calls)
+        self.synchronize()
+        return statistics.median(times)
 
     def free_bytes(self) -> float:
         meminfo = Path("/proc/meminfo")
@@ -126,18 +134,6 @@ class CudaClock(Clock):
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def host_us(self, call: Call) -> float | None:
-        """Per call, of ten issued one after the other into an empty queue; the median of three turns."""
-        calls, times = 10, []
-        for _ in range(3):
-            self.synchronize()
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            times.append((time.perf_counter() - start) * 1e6 / calls)
-        self.synchronize()
-        return statistics.median(times)
-
     def free_bytes(self) -> float:
         held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return float(torch.cuda.mem_get_info()[0] + held)
@@ -192,7 +188,8 @@ def measure(
                 row |= summary([first_ms], contender.repeat)
                 continue
             row["peak_mib"] = clock.peak_bytes(call) / MIB
-            row["host_us"] = clock.host_us(call)
+            if clock.device == "cuda":  # on a CPU that is the call itself
+                row["host_us"] = clock.host_us(call)
             calls[contender.name], row["timed"] = clock.prepare(call)
             samples[contender.name] = []
     try:

@@ -40,6 +40,7 @@ def test_stages(tmp_path):
         "smoke": "ok",
         "graph": "ok",
         "timings": "ok",
+        "table": "ok",
         "fails": "failed (3)",
         "hangs": "timed out",
         "refuses": "refused",
@@ -54,5 +55,8 @@ def test_stages(tmp_path):
     for section, stage in (("routing", "route backward"), ("movement", "combine backward")):
         rows = {row["name"]: row for row in results["speed"][f"WideNet-B {section}"]}
         assert all(rows[f"{stage}, {backend}"]["host_us"] > 0 for backend in ("reference", "triton"))
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["machine"]["commit"] == "abc"
+    assert any(row["kind"] == "ours" and row["ms"] > 0 for row in table["rows"])
     assert (tmp_path / "summary.txt").read_text() in done.stdout
     assert len(list(tmp_path.iterdir())) <= 6
