@@ -1,6 +1,7 @@
 """How far a result is from the truth: by the worst row, so that one wrong row shows."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +25,10 @@ def error_by_name(result: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> 
     return worst(error_of(out, truth[name]) for name, out in result.items())
 
 
-def worst(errors: Any) -> float:
-    worst = 0.0
-    for error in errors:
-        worst = error if error != error or worst != worst else max(worst, error)
-    return worst
+def worst(errors: Iterable[float]) -> float:
+    """The largest; NaN if there is one, wherever it stands."""
+    found = list(errors)
+    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
 
 
 def error_of(out: Tensor, exact: Tensor) -> float:

@@ -47,6 +47,7 @@ def broken(device: str) -> list[str]:
     backends = ("native", "triton", "reference")
     there = [name for name in backends if name in wk.available_backends("route", device)]
     faults = []
+    torch.set_num_threads(1)  # so little work is slower when threads wait for each other; a run sets its own number
     for backend, case in itertools.product(there, gpu_sanitize.SMALL):
         good, seen = gpu_sanitize.check(case._replace(backend=backend), device)
         if not good:

@@ -1,0 +1,246 @@
+"""A run from its plan to its file: what is measured, what is refused and why, and what an interruption leaves."""
+
+import argparse
+import functools
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import widenet_kernels as wk
+from widenet_kernels.benchmarks import cli, counts, layer, results, shapes, stages, timing
+from widenet_kernels.benchmarks.shapes import Case, Inputs
+from widenet_kernels.benchmarks.timing import Budget, Clock, Contender, Unavailable, measure
+
+pytest.importorskip("tqdm")
+
+from widenet_kernels.benchmarks import run
+
+TINY = Case("tiny", 24, 16, 24, 4, 2)
+BUDGET = Budget(seconds=0, patience=20, largest_error=1e-3)
+ABOUT = {"dtype": "fp32", "device": "cpu", "threads": 1}
+
+
+def contender(name, call=lambda: None, **options):
+    return Contender(name, options.pop("kind", "ours"), lambda: call, **options)
+
+
+def measured(*contenders, budget=BUDGET, clock=None):
+    rows = {}
+    measure(list(contenders), torch.float32, clock or Clock(), budget, rows, lambda name: None)
+    return rows
+
+
+class Fake(Clock):
+    """Turns take what they are told, whatever is called."""
+
+    def __init__(self, *milliseconds):
+        super().__init__()
+        self.times = itertools.cycle(milliseconds)
+
+    def turn(self, call):
+        call()
+        return next(self.times)
+
+
+def test_the_figures_of_a_contender():
+    row = measured(contender("one", repeat=2), clock=Fake(1.0, 5.0, 3.0))["one"]
+    assert (row["ms"], row["lowest_ms"], row["spread_ms"], row["rounds"]) == (1.5, 0.5, 1.0, 3)
+
+
+def test_contenders_take_turns():
+    calls = []
+    measured(*(contender(name, functools.partial(calls.append, name)) for name in "ab"), clock=Fake(1.0))
+    assert "".join(calls).endswith("ab" * timing.LEAST_ROUNDS)
+
+
+def test_a_wrong_answer_is_not_timed():
+    rows = measured(contender("off", error=lambda result: 0.5), contender("nan", error=lambda result: float("nan")))
+    assert all("ms" not in row and row["why"].startswith("WRONG: off by") for row in rows.values())
+
+
+def test_what_cannot_run_says_why_and_stops_no_other():
+    def fails():
+        raise RuntimeError("no such\n  kernel")
+
+    def refuses():
+        raise Unavailable("not installed")
+
+    rows = measured(contender("broken", fails), Contender("absent", "peer", refuses), contender("good"))
+    assert rows["broken"]["why"] == "RuntimeError: no such kernel"
+    assert rows["absent"]["why"] == "not installed"
+    assert rows["good"]["ms"] >= 0
+
+
+def test_what_takes_too_long_is_called_once():
+    calls = []
+    row = measured(contender("slow", lambda: calls.append(1)), budget=BUDGET._replace(patience=0))["slow"]
+    assert (row["rounds"], len(calls)) == (1, 1)
+
+
+def test_what_is_too_much_is_not_called():
+    clock = Clock()
+    clock.foreseen_seconds = lambda flops, dtype: flops / 1e9
+    huge = contender("huge", lambda: pytest.fail("called"), memory=2.0**60)
+    endless = contender("endless", lambda: pytest.fail("called"), work=1e12)
+    rows = measured(huge, endless, clock=clock)
+    assert "needs 1,099,511,627,776 MiB" in rows["huge"]["why"]
+    assert "1,000 s foreseen, patience 20 s" in rows["endless"]["why"]
+
+
+def test_peak_memory_is_what_a_call_holds_at_once():
+    def call():
+        for _ in range(3):
+            torch.empty(1 << 18)  # 1 MiB, given back each time
+
+    assert measured(contender("one", call))["one"]["peak_mib"] == pytest.approx(1, abs=0.01)
+
+
+def test_a_row_is_completed_by_its_section():
+    section = results.Section(
+        "layer",
+        TINY,
+        "forward",
+        [
+            contender("floor", kind="limit", flops=2e9),
+            contender("ours", flops=2e9, nbytes=4e6),
+            contender("slow peer", kind="peer", flops=2e9),
+            contender("best peer", kind="peer", flops=2e9),
+            contender("absent", kind="peer"),
+            contender("interrupted", kind="peer"),
+        ],
+        "floor",
+    )
+    times = {"floor": 1.0, "ours": 2.0, "slow peer": 8.0, "best peer": 4.0}
+    figures = {name: {"ms": ms} for name, ms in times.items()} | {"absent": {"why": "not installed"}, "interrupted": {}}
+    rows = {row["contender"]: row for row in results.complete(section, ABOUT, figures)}
+    assert list(rows) == ["floor", "ours", "slow peer", "best peer", "absent"]
+    ours = rows["ours"]
+    assert (ours["tflops"], ours["gb_per_s"]) == (1.0, 2.0)
+    assert (ours["limit"], ours["share_of_limit"], ours["ratio_to_best_peer"]) == ("floor", 0.5, 2.0)
+    assert rows["best peer"]["ratio_to_best_peer"] == 1.0
+    assert rows["floor"]["ratio_to_best_peer"] is None
+    assert rows["absent"]["why"] == "not installed"
+    assert "ms" not in rows["absent"]
+    assert ours["dims"] == {"T": 24, "D": 16, "F": 24, "E": 4, "K": 2} | {
+        "capacity_factor": 1.2,
+        "activation": "gelu",
+        "routing": "uniform",
+    }
+
+
+def test_the_layers_contest():
+    inputs = Inputs(TINY, "cpu", torch.float32)
+    names = {"GEMMs alone", "dense GEMMs", "widenet_kernels", "torch loop", "one-hot einsum", "torch.bmm"}
+    for section in layer.sections(inputs):
+        rows = {row["contender"]: row for row in completed(section)}
+        assert names <= {name for name, row in rows.items() if "ms" in row}
+        assert rows["widenet_kernels"]["relative_error"] < 1e-5
+        both = 3 if section.direction == "forward+backward" else 1
+        assert rows["widenet_kernels"]["flops"] == both * counts.layer_flops(TINY, inputs.served)
+        assert rows["GEMMs alone"]["share_of_limit"] == 1
+        assert all(row["why"] for row in rows.values() if "ms" not in row)
+
+
+@pytest.mark.parametrize("name", stages.OPS)
+def test_a_stages_contest(name):
+    for shape in (TINY, TINY._replace(capacity_factor=0.5), TINY._replace(activation="swiglu", capacity_factor=None)):
+        for section in stages.sections(name, Inputs(shape, "cpu", torch.float32)):
+            for row in completed(section):
+                assert "ms" in row, row
+                assert row["kind"] == "limit" or row["relative_error"] is None or row["relative_error"] < 1e-5
+    assert section.direction == ("forward" if name == "plan" else "forward+backward")
+
+
+def completed(section):
+    return list(results.complete(section, ABOUT, measured(*section.contenders)))
+
+
+def plan(**options):
+    defaults = run.Plan(["layer"], [TINY], ["fp32"], ["forward"], "cpu", [1], 0, 20)
+    return defaults._replace(**options)
+
+
+def test_a_run_keeps_what_an_interruption_leaves(monkeypatch):
+    class Interrupted(Clock):
+        def turn(self, call):
+            if turns and next(turns) == 5:
+                raise KeyboardInterrupt
+            return super().turn(call)
+
+    turns = itertools.count()
+    monkeypatch.setattr(run, "clock", lambda device: Interrupted())
+    rows = []
+    with pytest.raises(KeyboardInterrupt):
+        run.run(plan(), rows)
+    timed = [row["contender"] for row in rows if "ms" in row]
+    assert timed[:3] == ["GEMMs alone", "dense GEMMs", "widenet_kernels"]
+    assert len(timed) == 5
+    assert "torch loop" in results.table(rows)
+
+
+def test_ceilings_and_host_do_not_depend_on_the_shape():
+    rows = []
+    run.run(plan(benches=["host"], cases=[TINY, shapes.find("decode-1")]), rows)
+    assert [row["contender"] for row in rows].count("widenet_kernels") == 1
+    products, ours = (
+        next(r for r in rows if r["contender"] == name) for name in ("the same mm calls", "widenet_kernels")
+    )
+    assert ours["host_us"] == pytest.approx((ours["ms"] - products["ms"]) * 1e3)
+
+
+def test_a_build_with_a_broken_op_is_refused(monkeypatch):
+    assert run.broken("cpu") == []
+    permute = wk.permute
+
+    def broken(x, plan, backend=None):
+        return permute(x, plan, backend=backend) * (1 if backend == "reference" else 1.5)
+
+    monkeypatch.setattr(wk, "permute", broken)
+    faults = run.broken("cpu")
+    assert faults
+    assert all("permute" in fault for fault in faults)
+
+    with pytest.raises(SystemExit, match="gives wrong results and is not measured"):
+        run_command("--shape", "decode-1")
+
+
+def run_command(*arguments):
+    parser = argparse.ArgumentParser()
+    cli.add_commands(parser)
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
+def test_the_command_from_end_to_end(tmp_path):
+    options = ["--bench", "layer", "permute", "--shape", "host", "--pass", "forward", "--device", "cpu"]
+    command = [sys.executable, "-m", "widenet_kernels", "bench", *options, "--threads", "1", "--seconds", "0"]
+    done = subprocess.run([*command, "--json", tmp_path / "a.json"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "layer host (T=1 D=64 F=64 E=4 K=2) fp32 forward, cpu, 1 threads; limit: GEMMs alone" in done.stdout
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["format"] == 1
+    assert content["machine"]["torch"] == torch.__version__
+    assert {"cpu", "threads", "commit", "date", "cpu_level", "widenet_kernels"} <= set(content["machine"])
+    assert results.table(content["rows"]) in done.stdout  # nothing is lost in the file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "widenet-x"], "shape: expected one of widenet-b-8, .*, got 'widenet-x'"),
+        (["--bench", "gemm"], "bench: expected one of ceilings, .*, got 'gemm'"),
+    ],
+)
+def test_a_wrong_name_says_what_was_expected(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run_command(*arguments)
+
+
+def test_the_list_names_everything(capsys):
+    run_command("--list")
+    out = capsys.readouterr().out
+    assert all(name in out for name in (*shapes.CASES, *shapes.SUITES, *stages.OPS, "train_step"))
