@@ -4,7 +4,6 @@ All are dropless here: a shape whose capacity drops choices is none of theirs. T
 sources; what does not fit the version that is installed shows as an error or a wrong answer, and is not timed.
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping
 
 import torch
@@ -18,11 +17,12 @@ from .shapes import Inputs
 from .timing import Unavailable
 
 
-def require(package: str, inputs: Inputs) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise Unavailable("not installed")
+def require_gpu(inputs: Inputs) -> None:
     if inputs.device != "cuda":
         raise Unavailable("needs a GPU")
+
+
+def require_all_served(inputs: Inputs) -> None:
     dropped = inputs.case.T * inputs.case.K - inputs.served
     if dropped:
         raise Unavailable(f"knows no capacity, and this shape's drops {dropped} choices")
@@ -54,7 +54,8 @@ def of_out_in(inputs: Inputs, forward: Callable[[Tensor], Tensor], parameters: P
 
 
 def scattermoe(inputs: Inputs) -> Layer:
-    require("scattermoe", inputs)
+    require_gpu(inputs)
+    require_all_served(inputs)
     from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
 
     case, p = inputs.case, out_in(inputs)
@@ -71,7 +72,8 @@ def scattermoe(inputs: Inputs) -> Layer:
 
 
 def liger(inputs: Inputs) -> Layer:
-    require("liger_kernel", inputs)
+    require_gpu(inputs)
+    require_all_served(inputs)
     require_swiglu(inputs)
     require_no_bias(inputs)
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
@@ -86,7 +88,8 @@ def liger(inputs: Inputs) -> Layer:
 
 
 def sonicmoe(inputs: Inputs) -> Layer:
-    require("sonicmoe", inputs)
+    require_gpu(inputs)
+    require_all_served(inputs)
     require_swiglu(inputs)
     from sonicmoe.enums import ActivationType
     from sonicmoe.functional import moe_general_routing_inputs
@@ -106,7 +109,8 @@ def sonicmoe(inputs: Inputs) -> Layer:
 
 
 def megablocks(inputs: Inputs) -> Layer:
-    require("megablocks", inputs)
+    require_gpu(inputs)
+    require_all_served(inputs)
     require_no_bias(inputs)
     from megablocks.layers.arguments import Arguments
     from megablocks.layers.dmoe import dMoE
@@ -136,7 +140,8 @@ def megablocks(inputs: Inputs) -> Layer:
 
 def tutel(inputs: Inputs) -> Layer:
     """It normalizes the weights of a token, and is held to that."""
-    require("tutel", inputs)
+    require_gpu(inputs)
+    require_all_served(inputs)
     from tutel import moe
 
     case = inputs.case
@@ -165,8 +170,12 @@ def tutel(inputs: Inputs) -> Layer:
 
 
 PEERS: Mapping[str, Peer] = {
-    name: Peer(build, lambda inputs: rows_bytes(inputs, inputs.served))
-    for name, build in {
-        "ScatterMoE": scattermoe, "MegaBlocks": megablocks, "SonicMoE": sonicmoe, "Liger": liger, "Tutel": tutel,
-    }.items()
-}  # fmt: skip
+    name: Peer(build, lambda inputs: rows_bytes(inputs, inputs.served), package=package)
+    for name, package, build in (
+        ("ScatterMoE", "scattermoe", scattermoe),
+        ("MegaBlocks", "megablocks", megablocks),
+        ("SonicMoE", "sonicmoe", sonicmoe),
+        ("Liger", "liger_kernel", liger),
+        ("Tutel", "tutel", tutel),
+    )
+}

@@ -44,14 +44,18 @@ def run(options: argparse.Namespace) -> None:
     if faults:
         sys.exit("\n".join(["bench: this build gives wrong results and is not measured:", *faults]))
     rows: list[Row] = []
-    try:
-        runner.run(plan, rows)
-    except KeyboardInterrupt:
-        print("interrupted: this is what there is", file=sys.stderr)
-    finally:
-        print(results.table(rows))
+
+    def report(section: list[Row]) -> None:
+        rows.extend(section)
+        runner.Progress.write(results.table(section) + "\n")
+        sys.stdout.flush()
         if options.json:
             results.write(options.json, rows)
+
+    try:
+        runner.run(plan, report)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: this is what there is")
 
 
 def checked(what: str, names: list[str], known: list[str]) -> list[str]:

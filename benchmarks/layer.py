@@ -14,7 +14,7 @@ from .agreement import error_by_name
 from .peers import Layer
 from .results import Section
 from .shapes import Inputs
-from .timing import Call, Contender
+from .timing import Call, Contender, Unavailable
 
 OURS = "widenet_kernels"
 DIRECTIONS = ("forward", "forward+backward")
@@ -41,16 +41,20 @@ class Contest:
         nbytes = counts.layer_bytes(case, inputs.x.element_size()) * (2 if both else 1)
         counted: dict[str, Any] = {"flops": flops, "nbytes": nbytes}
         memory = peers.rows_bytes(inputs, inputs.served)
+        held = 6 * counts.layer_bytes(case, inputs.x.element_size())  # all of it, its gradients, and both twice as wide
         found = [
-            Contender(name, "limit", self.products(dense, both), work=flops, memory=memory, **counted)
+            Contender(name, "limit", self.products(dense, both), work=flops, memory=memory + held, **counted)
             for name, dense in ((limits.GEMMS, False), (limits.DENSE, True))
         ]
         every = {OURS: peers.Peer(ours, lambda inputs: memory)} | dict(peers.PEERS) | dict(adapters.PEERS)
         for name, peer in every.items():
+            if not peer.installed:
+                found.append(Contender(name, "peer", not_installed, **counted))
+                continue
             work = flops + peer.flops(inputs) * (3 if both else 1)
             kind, layer = "ours" if name == OURS else "peer", Built(self, peer.build)
             make, error = (layer.gradients, layer.error_of_gradients) if both else (layer.forward, layer.error)
-            found.append(Contender(name, kind, make, error, work=work, memory=peer.memory(inputs), **counted))
+            found.append(Contender(name, kind, make, error, work=work, memory=peer.memory(inputs) + held, **counted))
         return found
 
     def products(self, dense: bool, both: bool) -> Callable[[], Call]:
@@ -59,6 +63,10 @@ class Contest:
             return gemms.forward_backward if both else gemms.forward
 
         return build
+
+
+def not_installed() -> Call:
+    raise Unavailable("not installed")
 
 
 class Built:

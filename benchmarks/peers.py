@@ -228,8 +228,6 @@ class StMoeExpert(nn.Module):
 
 def st_moe(inputs: Inputs) -> Layer:
     """st-moe-pytorch, all tokens as one sequence; it knows normalized weights only, and is held to those."""
-    if importlib.util.find_spec("st_moe_pytorch") is None:
-        raise Unavailable("not installed: pip install st-moe-pytorch")
     import st_moe_pytorch
 
     case, capacity = inputs.case, buffer_rows(inputs)
@@ -247,7 +245,13 @@ def st_moe(inputs: Inputs) -> Layer:
     ).to(inputs.device).eval()  # fmt: skip
     layer.gate.to_gates.weight = nn.Parameter(inputs.router.detach())
     parameters = [layer.gate.to_gates.weight, *(p for expert in experts for p in expert.parameters())]
-    return Layer(lambda x: layer(x[None]).outputs[0], parameters, lambda grads: of_experts(inputs, grads), True)
+    half = inputs.dtype in (torch.bfloat16, torch.float16)  # where it needs autocast: its gate gives fp32
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast(inputs.device, inputs.dtype if half else None, enabled=half):
+            return layer(x[None]).outputs[0].to(x.dtype)
+
+    return Layer(forward, parameters, lambda grads: of_experts(inputs, grads), True)
 
 
 # ------------------------------------------------------------------------------------------- what they need to run
@@ -270,6 +274,11 @@ class Peer(NamedTuple):
     build: Build
     memory: Callable[[Inputs], float]  # bytes, about, that one call forward and backward needs
     flops: Callable[[Inputs], float] = lambda inputs: 0.0  # of one forward pass beside the experts' products
+    package: str | None = None  # that it needs
+
+    @property
+    def installed(self) -> bool:
+        return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
 def dispatch_flops(inputs: Inputs) -> float:

@@ -1,6 +1,7 @@
 """The rows of a run: completed by what they are compared with, printed as a table, written as JSON."""
 
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -163,19 +164,20 @@ def number(value: float | None, scale: float, form: str) -> str:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """A paragraph for each section: what is compared, then a line for each contender."""
-    lines, last = [], None
-    for row in rows:
-        section = title(row)
-        if section != last:
-            lines += ["", section, " " * NAME_WIDTH + "".join(f"{name:>{width}}" for name, width, _ in COLUMNS)]
-            last = section
-        name = f"  {row['contender']}"
-        if "ms" in row:
-            lines.append(f"{name:{NAME_WIDTH}}" + "".join(f"{show(row):>{width}}" for _, width, show in COLUMNS))
-        else:
-            lines.append(f"{name:{NAME_WIDTH}} {row['why']}")
-    return "\n".join(lines[1:])
+    """A paragraph for each section: what is compared, a line for each contender, and why others have none."""
+    paragraphs = []
+    for head, section in itertools.groupby(rows, title):
+        lines = [head, " " * NAME_WIDTH + "".join(f"{name:>{width}}" for name, width, _ in COLUMNS)]
+        absent: dict[str, list[str]] = {}
+        for row in section:
+            if "ms" in row:
+                shown = "".join(f"{show(row):>{width}}" for _, width, show in COLUMNS)
+                lines.append(f"  {row['contender']:{NAME_WIDTH - 2}}{shown}")
+            else:
+                absent.setdefault(row["why"], []).append(row["contender"])
+        lines += [f"  {', '.join(names)}: {why}" for why, names in absent.items()]
+        paragraphs.append("\n".join(lines))
+    return "\n\n".join(paragraphs)
 
 
 def title(row: Row) -> str:

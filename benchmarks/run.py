@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import widenet_kernels as wk
 
@@ -17,6 +16,11 @@ from . import ceilings, gpu_sanitize, host, layer, model, results, stages
 from .results import Section
 from .shapes import DTYPES, Case, Inputs
 from .timing import Budget, Row, clock, measure
+
+try:
+    from tqdm import tqdm as Progress
+except ModuleNotFoundError:
+    from .silent import Progress
 
 LARGEST_ERROR = {"fp64": 1e-9, "fp32": 1e-3, "fp16": 2e-2, "bf16": 6e-2}  # of any row
 Sections = Callable[[Inputs], Iterator[Section]]
@@ -55,15 +59,15 @@ def broken(device: str) -> list[str]:
     return faults
 
 
-def run(plan: Plan, rows: list[Row]) -> None:
-    """Adds to ``rows`` section by section; KeyboardInterrupt comes through when what is there has been added."""
+def run(plan: Plan, report: Callable[[list[Row]], None]) -> None:
+    """Reports the rows of each section; KeyboardInterrupt comes through when what is there has been reported."""
     steps = [
         (threads, case, dtype, bench)
         for threads, case, dtype, bench in itertools.product(plan.threads, plan.cases, plan.dtypes, plan.benches)
         if bench not in ONCE or case is plan.cases[0]
     ]
     timer, made = clock(plan.device), functools.lru_cache(maxsize=1)(Inputs)
-    with on_stream(plan.device), tqdm(steps, file=sys.stderr, unit="bench", leave=False) as bar:
+    with on_stream(plan.device), Progress(steps, file=sys.stderr, unit="bench", leave=False) as bar:
         for threads, case, dtype, bench in bar:
             torch.set_num_threads(threads)
             about = {"dtype": dtype, "device": plan.device, "threads": threads}
@@ -76,7 +80,7 @@ def run(plan: Plan, rows: list[Row]) -> None:
                 try:
                     measure(section.contenders, DTYPES[dtype], timer, budget, measured, bar.set_postfix_str)
                 finally:
-                    rows.extend(results.complete(section, about, measured))
+                    report(list(results.complete(section, about, measured)))
                 free_memory(plan.device)
 
 

@@ -13,6 +13,7 @@ pip() { "$work/venv/bin/python" -m pip --disable-pip-version-check -q "$@"; }
 
 check() { # expected values of build_info()["native"] and of ["cuda_architectures"]
   (cd / && "$work/venv/bin/python" -W error - "$@") <<'PY'
+import subprocess
 import sys
 
 import torch
@@ -27,6 +28,7 @@ y, aux = layer(torch.randn(2, 5, 16))
 (y.square().mean() + aux.balance_loss).backward()
 assert all(p.grad.isfinite().all() for p in layer.parameters())
 cuda = info.get("cuda_toolkit") or "none"
+assert subprocess.run([sys.executable, "-m", "widenet_kernels", "bench", "--list"], capture_output=True).returncode == 0
 print(f"installed: native={info['native']}, CUDA kernels by {cuda}, torch {info['torch']}")
 PY
 }

@@ -1,13 +1,11 @@
 """Every peer computes the layer that it is timed for: result and gradients, whatever the routing, dropping or not."""
 
-import importlib.util
-
 import oracle
 import pytest
 import torch
 
 import widenet_kernels as wk
-from widenet_kernels.benchmarks import adapters, agreement, layer, peers
+from widenet_kernels.benchmarks import adapters, agreement, layer, peers, run
 from widenet_kernels.benchmarks.peers import PEERS, exact, gradients, named
 from widenet_kernels.benchmarks.shapes import Case, Inputs
 from widenet_kernels.benchmarks.timing import Unavailable
@@ -27,8 +25,8 @@ def inputs_of(shape: Case, dtype: torch.dtype = torch.float64) -> Inputs:
 
 
 def built(name: str, inputs: Inputs) -> peers.Layer:
-    if name == "st-moe-pytorch" and importlib.util.find_spec("st_moe_pytorch") is None:
-        pytest.skip("st-moe-pytorch is not installed")
+    if not PEERS[name].installed:
+        pytest.skip(f"{name} is not installed")
     return PEERS[name].build(inputs)
 
 
@@ -87,9 +85,17 @@ def test_a_wrong_answer_is_seen():
 
 
 @pytest.mark.parametrize("name", adapters.PEERS)
-def test_a_package_that_cannot_run_here_says_why(name):
-    with pytest.raises(Unavailable, match=r"not installed|needs a GPU"):
+def test_a_package_that_needs_a_gpu_says_so(name):
+    with pytest.raises(Unavailable, match="needs a GPU"):
         adapters.PEERS[name].build(inputs_of(SHAPES[1]))
+
+
+def test_st_moe_in_half_precision():
+    pytest.importorskip("st_moe_pytorch")
+    inputs = inputs_of(SHAPES[0], torch.bfloat16)
+    peer = PEERS["st-moe-pytorch"].build(inputs)
+    result = named(peer, gradients(peer, inputs.x, inputs.grad)())
+    assert agreement.error_by_name(result, exact(inputs, peer.normalize)) < run.LARGEST_ERROR["bf16"]
 
 
 def test_st_moe_needs_two_choices():

@@ -11,13 +11,9 @@ import pytest
 import torch
 
 import widenet_kernels as wk
-from widenet_kernels.benchmarks import cli, counts, layer, results, shapes, stages, timing
+from widenet_kernels.benchmarks import cli, counts, layer, results, run, shapes, silent, stages, timing
 from widenet_kernels.benchmarks.shapes import Case, Inputs
 from widenet_kernels.benchmarks.timing import Budget, Clock, Contender, Unavailable, measure
-
-pytest.importorskip("tqdm")
-
-from widenet_kernels.benchmarks import run
 
 TINY = Case("tiny", 24, 16, 24, 4, 2)
 BUDGET = Budget(seconds=0, patience=20, largest_error=1e-3)
@@ -175,16 +171,24 @@ def test_a_run_keeps_what_an_interruption_leaves(monkeypatch):
     monkeypatch.setattr(run, "clock", lambda device: Interrupted())
     rows = []
     with pytest.raises(KeyboardInterrupt):
-        run.run(plan(), rows)
+        run.run(plan(), rows.extend)
     timed = [row["contender"] for row in rows if "ms" in row]
     assert timed[:3] == ["GEMMs alone", "dense GEMMs", "widenet_kernels"]
     assert len(timed) == 5
     assert "torch loop" in results.table(rows)
 
 
+def test_without_tqdm_there_is_no_bar(monkeypatch, capsys):
+    monkeypatch.setattr(run, "Progress", silent.Progress)
+    run_command("--bench", "permute", "--shape", "host", "--device", "cpu", "--threads", "1", "--seconds", "0")
+    captured = capsys.readouterr()
+    assert captured.out.startswith("permute host")
+    assert captured.err == ""
+
+
 def test_ceilings_and_host_do_not_depend_on_the_shape():
     rows = []
-    run.run(plan(benches=["host"], cases=[TINY, shapes.find("decode-1")]), rows)
+    run.run(plan(benches=["host"], cases=[TINY, shapes.find("decode-1")]), rows.extend)
     assert [row["contender"] for row in rows].count("widenet_kernels") == 1
     products, ours = (
         next(r for r in rows if r["contender"] == name) for name in ("the same mm calls", "widenet_kernels")
@@ -225,7 +229,7 @@ def test_the_command_from_end_to_end(tmp_path):
     assert content["format"] == 1
     assert content["machine"]["torch"] == torch.__version__
     assert {"cpu", "threads", "commit", "date", "cpu_level", "widenet_kernels"} <= set(content["machine"])
-    assert results.table(content["rows"]) in done.stdout  # nothing is lost in the file
+    assert results.table(content["rows"]) + "\n\n" == done.stdout  # nothing is lost in the file
 
 
 @pytest.mark.parametrize(
