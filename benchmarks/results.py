@@ -181,7 +181,8 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def title(row: Row) -> str:
-    sizes = " ".join(f"{name}={row['dims'][name]}" for name in ("T", "D", "F", "E", "K"))
+    sizes = " ".join(f"{name}={row['dims'][name]}" for name in ("T", "D", "F", "E", "K") if row["dims"][name])
     of_limit = f"; limit: {row['limit']}" if row["limit"] else ""
     device = row["device"] if row["device"] != "cpu" else f"cpu, {row['threads']} threads"
-    return f"{row['bench']} {row['shape']} ({sizes}) {row['dtype']} {row['pass']}, {device}{of_limit}"
+    of_sizes = f" ({sizes})" if sizes else ""
+    return f"{row['bench']} {row['shape']}{of_sizes} {row['dtype']} {row['pass']}, {device}{of_limit}"
