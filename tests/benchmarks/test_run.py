@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import widenet_kernels as wk
-from widenet_kernels.benchmarks import cli, counts, layer, results, run, shapes, silent, stages, timing
+from widenet_kernels.benchmarks import cli, counts, layer, model, results, run, shapes, silent, stages, timing
 from widenet_kernels.benchmarks.shapes import Case, Inputs
 from widenet_kernels.benchmarks.timing import Budget, Clock, Contender, Unavailable, measure
+from widenet_kernels.models import WideNetConfig
 
 TINY = Case("tiny", 24, 16, 24, 4, 2)
 BUDGET = Budget(seconds=0, patience=20, largest_error=1e-3)
@@ -149,6 +150,23 @@ def test_a_stages_contest(name):
                 assert "ms" in row, row
                 assert row["kind"] == "limit" or row["relative_error"] is None or row["relative_error"] < 1e-5
     assert section.direction == ("forward" if name == "plan" else "forward+backward")
+
+
+def test_the_training_step(monkeypatch):
+    def tiny_network(**options):
+        sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 8, "ffn_size": 12, "num_layers": 2, "num_heads": 2}
+        return WideNetConfig(**sizes, num_classes=3, **options)
+
+    case = Case("tiny network", 2 * 5, 8, 12, 4, 2)  # two images of four patches and a first position
+    monkeypatch.setattr(model, "CONFIGS", {"b": tiny_network})
+    monkeypatch.setattr(model, "WIDENET", {("b", 2): case})
+    (section,) = model.sections(Inputs(case, "cpu", torch.float32))
+    rows = {row["contender"]: row for row in completed(section)}
+    assert list(rows) == ["GEMMs alone", "widenet_kernels", "plain torch"]
+    assert rows["widenet_kernels"]["relative_error"] < 1e-5
+    assert rows["widenet_kernels"]["flops"] > 2 * 3 * counts.layer_flops(case, served=2 * 10)
+    assert all("ms" in row for row in rows.values())
+    assert not list(model.sections(Inputs(TINY, "cpu", torch.float32)))
 
 
 def completed(section):
