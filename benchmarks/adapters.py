@@ -170,12 +170,12 @@ def tutel(inputs: Inputs) -> Layer:
 
 
 PEERS: Mapping[str, Peer] = {
-    name: Peer(build, lambda inputs: rows_bytes(inputs, inputs.served), package=package)
-    for name, package, build in (
-        ("ScatterMoE", "scattermoe", scattermoe),
-        ("MegaBlocks", "megablocks", megablocks),
-        ("SonicMoE", "sonicmoe", sonicmoe),
-        ("Liger", "liger_kernel", liger),
-        ("Tutel", "tutel", tutel),
+    name: Peer(build, lambda inputs: rows_bytes(inputs, inputs.served), package=package, graph=graph)
+    for name, package, build, graph in (
+        ("ScatterMoE", "scattermoe", scattermoe, True),
+        ("MegaBlocks", "megablocks", megablocks, False),
+        ("SonicMoE", "sonicmoe", sonicmoe, True),
+        ("Liger", "liger_kernel", liger, False),
+        ("Tutel", "tutel", tutel, False),
     )
 }

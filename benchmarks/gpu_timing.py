@@ -56,7 +56,7 @@ class Bench:
         running = {name: work for name, work in works.items() if "why" not in rows[name]}
         calls = {}
         for name, work in running.items():
-            calls[name], rows[name]["timed"] = self._prepared(work)
+            calls[name], rows[name]["timed"] = self.clock.prepare(work.call, work.graph)
         timings = self._timed(calls) if calls else {}
         for name, timing in timings.items():
             rows[name] |= self._figures(works[name], timing)
@@ -86,9 +86,6 @@ class Bench:
         except Exception as error:  # a contender that cannot run here stops no other
             row["why"] = f"{type(error).__name__}: {one_line(error)[:300]}"
         return row
-
-    def _prepared(self, work: Work) -> tuple[Callable[[], Any], str]:
-        return self.clock.prepare(work.call) if work.graph else (work.call, "events")
 
     def _timed(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, dict[str, Any]]:
         """Figures in ms by name; on a CPU, where they mean nothing, of one turn."""

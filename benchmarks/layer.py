@@ -54,7 +54,11 @@ class Contest:
             work = flops + peer.flops(inputs) * (3 if both else 1)
             kind, layer = "ours" if name == OURS else "peer", Built(self, peer.build)
             make, error = (layer.gradients, layer.error_of_gradients) if both else (layer.forward, layer.error)
-            found.append(Contender(name, kind, make, error, work=work, memory=peer.memory(inputs) + held, **counted))
+            found.append(
+                Contender(
+                    name, kind, make, error, work=work, memory=peer.memory(inputs) + held, graph=peer.graph, **counted
+                )
+            )
         return found
 
     def products(self, dense: bool, both: bool) -> Callable[[], Call]:

@@ -275,6 +275,7 @@ class Peer(NamedTuple):
     memory: Callable[[Inputs], float]  # bytes, about, that one call forward and backward needs
     flops: Callable[[Inputs], float] = lambda inputs: 0.0  # of one forward pass beside the experts' products
     package: str | None = None  # that it needs
+    graph: bool = True  # False: it waits for the GPU, so that no CUDA graph can hold it
 
     @property
     def installed(self) -> bool:
@@ -288,7 +289,7 @@ def dispatch_flops(inputs: Inputs) -> float:
 
 
 PEERS: Mapping[str, Peer] = {
-    "torch loop": Peer(loop, lambda inputs: rows_bytes(inputs, inputs.served)),
+    "torch loop": Peer(loop, lambda inputs: rows_bytes(inputs, inputs.served), graph=False),
     "one-hot einsum": Peer(one_hot_einsum, lambda inputs: one_hot_bytes(inputs, 4), dispatch_flops),
     "torch.bmm": Peer(bmm, lambda inputs: rows_bytes(inputs, inputs.case.E * buffer_rows(inputs))),
     "torch grouped_mm": Peer(grouped_mm, lambda inputs: rows_bytes(inputs, inputs.served)),

@@ -36,6 +36,7 @@ class Contender(NamedTuple):
     work: float = 0.0  # FLOPs to foresee its time by
     memory: float = 0.0  # bytes it will need, about
     repeat: int = 1  # the call does the same so many times; times are of one of them
+    graph: bool = True  # whether a CUDA graph of it can be tried: not if it waits for the GPU
 
 
 class Budget(NamedTuple):
@@ -52,7 +53,7 @@ class Clock:
     def __init__(self) -> None:
         self._flops_per_second: dict[torch.dtype, float] = {}
 
-    def prepare(self, call: Call) -> tuple[Call, str]:
+    def prepare(self, call: Call, graph: bool) -> tuple[Call, str]:
         """What is to be called in the rounds, and how it is timed."""
         return call, "cpu"
 
@@ -117,7 +118,9 @@ class CudaClock(Clock):
     def __init__(self) -> None:
         self._cold = torch.rand(COLD_BYTES // 4, device="cuda")
 
-    def prepare(self, call: Call) -> tuple[Call, str]:
+    def prepare(self, call: Call, graph: bool) -> tuple[Call, str]:
+        if not graph:
+            return call, "events"
         try:
             return captured(call), "graph"
         except Exception as error:
@@ -180,19 +183,18 @@ def measure(
         try:
             check_cost(contender, dtype, clock, budget.patience)
             call, first_ms = checked(contender, clock, budget, row)
-        except Unavailable as why:
-            row["why"] = str(why)
-        except Exception as error:  # a contender that cannot run here stops no other
-            row["why"] = f"{type(error).__name__}: {one_line(error)[:300]}"
-        else:
             if first_ms > budget.patience * 1e3:
                 row |= summary([first_ms], contender.repeat)
                 continue
             row["peak_mib"] = clock.peak_bytes(call) / MIB
             if clock.device == "cuda":  # on a CPU that is the call itself
                 row["host_us"] = clock.host_us(call)
-            calls[contender.name], row["timed"] = clock.prepare(call)
+            calls[contender.name], row["timed"] = clock.prepare(call, contender.graph)
             samples[contender.name] = []
+        except Unavailable as why:
+            row["why"] = str(why)
+        except Exception as error:  # a contender that cannot run here stops no other
+            row["why"] = f"{type(error).__name__}: {one_line(error)[:300]}"
     try:
         interleaved(calls, clock, budget.seconds, samples, progress)
     finally:
