@@ -1,0 +1,77 @@
+"""A result file, read: its rows, what they are matched by, and the machine in one line."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FORMAT = 1
+KEY = ("bench", "shape", "dtype", "pass", "device", "threads", "contender")  # what makes two rows the same measurement
+
+Row = dict[str, Any]
+
+
+class Results(NamedTuple):
+    path: Path
+    machine: dict[str, Any]
+    rows: list[Row]
+
+
+def load(path: Path) -> Results:
+    """Raises ValueError for a file that is not a result file of this format."""
+    content = json.loads(path.read_text())
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{path}: expected a result file of format {FORMAT}, got {describe(found)}")
+    return Results(path, content["machine"], content["rows"])
+
+
+def result_file(argument: str) -> Results:
+    """The type of a command's argument: what is wrong with the file is an error of the command line."""
+    try:
+        return load(Path(argument))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def describe(found: Any) -> str:
+    return "a file that names no format" if found is None else f"format {found!r}"
+
+
+def newest(folder: Path) -> Path | None:
+    """The result file with the latest date, the last by name of those; files of another format do not count."""
+    dates = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            dates[path] = load(path).machine["date"]
+        except ValueError:
+            continue
+    return max(dates, key=lambda path: (dates[path], path.name)) if dates else None
+
+
+def key(row: Row) -> tuple:
+    return tuple(row[name] for name in KEY)
+
+
+def timed(rows: list[Row], **wanted: Any) -> list[Row]:
+    """The rows with a time that have these values: ``timed(rows, bench="layer", kind="ours")``."""
+    return [row for row in rows if "ms" in row and all(row[name] == value for name, value in wanted.items())]
+
+
+def values(rows: list[Row], name: str) -> list[Any]:
+    """The different values of a field, in the order of the rows."""
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def device_name(machine: dict[str, Any], device: str, threads: int) -> str:
+    """What ran the rows of a device: "AMD EPYC (avx2), 2 threads" or "NVIDIA H200"."""
+    if device != "cpu":
+        return str(machine["gpu"])
+    return f"{machine['cpu']} ({machine['cpu_level']}), {threads} thread{'s' * (threads != 1)}"
+
+
+def software(machine: dict[str, Any]) -> str:
+    """Versions, commit and date: "torch 2.13.0, widenet_kernels 0.1.0 at 1aca8b2, 2026-01-31"."""
+    cuda = f", CUDA {machine['cuda']}" if machine["cuda"] else ""
+    commit = f" at {machine['commit'][:7]}" if machine["commit"] else ""
+    return f"torch {machine['torch']}{cuda}, widenet_kernels {machine['widenet_kernels']}{commit}, {machine['date']}"
