@@ -1,0 +1,102 @@
+"""The Markdown table of the layer, for the README: ours, its share of the limit, and the best peer."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .reading import Results, Row, device_name, result_file, software, timed, values
+
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+HEADER = ("shape", "dtype", "pass", "ours", "TFLOP/s", "limit", "of its speed", "best peer", "times as fast", "memory")
+
+
+def render(results: Results, folder: Path) -> str:
+    """The machine, a table for each device (a CPU at the machine's number of threads), and the layer's pictures.
+
+    folder: of the Markdown file, which the pictures' places are relative to.
+    """
+    rows = timed(results.rows, bench="layer")
+    parts = []
+    for device in values(rows, "device"):
+        threads = results.machine["threads"]
+        on_device = timed(rows, device=device, **({"threads": threads} if device == "cpu" else {}))
+        where = device_name(results.machine, device, threads)
+        lines = [line(row, on_device) for row in on_device if row["kind"] == "ours"]
+        parts += [f"{where}: {software(results.machine)}.", "\n".join([*head(), *lines])]
+    parts += [f"![{alt}]({place})" for alt, place in pictures(results.path, folder)]
+    return "\n\n".join(parts)
+
+
+def head() -> list[str]:
+    return [f"| {' | '.join(HEADER)} |", f"|{' --- |' * len(HEADER)}"]
+
+
+def line(ours: Row, rows: list[Row]) -> str:
+    """One of our rows, with the best of the peers that were timed in the same setting."""
+    peers = [row for row in rows if row["kind"] == "peer" and same_setting(row, ours)]
+    best = min(peers, key=lambda row: row["ms"], default=None)
+    cells = (
+        ours["shape"],
+        ours["dtype"],
+        ours["pass"],
+        f"{number(ours['ms'])} ms ± {number(ours['spread_ms'])}",
+        number(ours["tflops"]),
+        ours["limit"] or "-",
+        number(ours["share_of_limit"]),
+        f"{best['contender']}, {number(best['ms'])} ms" if best else "-",
+        number(ours["ratio_to_best_peer"]),
+        "-" if ours["peak_mib"] is None else f"{ours['peak_mib']:,.0f} MiB",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def same_setting(row: Row, other: Row) -> bool:
+    return all(row[name] == other[name] for name in ("shape", "dtype", "pass", "device", "threads"))
+
+
+def number(value: float | None) -> str:
+    """Three digits, as many before the point as there are."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def pictures(path: Path, folder: Path) -> list[tuple[str, str]]:
+    """What each picture of the layer and each roofline beside the result file is, and its place from the folder."""
+    found = [picture for kind in ("layer", "roofline") for picture in sorted(path.parent.glob(f"{path.stem}-{kind}-*"))]
+    names = [picture.stem.removeprefix(f"{path.stem}-").replace("-", " ") for picture in found]
+    return list(zip(names, (Path(os.path.relpath(picture, folder)).as_posix() for picture in found), strict=True))
+
+
+def between_markers(text: str) -> str:
+    """What stands between the markers, without the blank lines around it."""
+    found = re.findall(f"{BEGIN}\n(.*?){END}", text, flags=re.DOTALL)
+    if len(found) != 1:
+        raise ValueError(f"expected {BEGIN} and {END} once, each on a line of its own, got them {len(found)} times")
+    return found[0].strip()
+
+
+def replaced(text: str, content: str) -> str:
+    between_markers(text)  # or an error
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.write is None:
+        print(render(options.results, Path.cwd()))
+    else:
+        text = options.write.read_text()
+        options.write.write_text(replaced(text, render(options.results, options.write.resolve().parent)))
+    return 0
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser("table", help="the layer's Markdown table", description=__doc__)
+    parser.add_argument("results", type=result_file, metavar="FILE.json")
+    parser.add_argument(
+        "--write", type=Path, metavar="README.md", help=f"put it between {BEGIN} and {END} there instead of printing it"
+    )
+    parser.set_defaults(run=run)
