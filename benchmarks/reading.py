@@ -58,15 +58,23 @@ def timed(rows: list[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if "ms" in row and all(row[name] == value for name, value in wanted.items())]
 
 
+def at_full_width(results: Results) -> list[Row]:
+    """The timed rows at the machine's number of threads, without those that show how fewer of them scale."""
+    return [
+        row for row in timed(results.rows) if row["device"] != "cpu" or row["threads"] == results.machine["threads"]
+    ]
+
+
 def values(rows: list[Row], name: str) -> list[Any]:
     """The different values of a field, in the order of the rows."""
     return list(dict.fromkeys(row[name] for row in rows))
 
 
-def device_name(machine: dict[str, Any], device: str, threads: int) -> str:
+def device_name(machine: dict[str, Any], device: str) -> str:
     """What ran the rows of a device: "AMD EPYC (avx2), 2 threads" or "NVIDIA H200"."""
     if device != "cpu":
         return str(machine["gpu"])
+    threads = machine["threads"]
     return f"{machine['cpu']} ({machine['cpu_level']}), {threads} thread{'s' * (threads != 1)}"
 
 

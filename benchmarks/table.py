@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .reading import Results, Row, device_name, result_file, software, timed, values
+from .reading import Results, Row, at_full_width, device_name, result_file, software, timed, values
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 HEADER = ("shape", "dtype", "pass", "ours", "TFLOP/s", "limit", "of its speed", "best peer", "times as fast", "memory")
@@ -17,13 +17,11 @@ def render(results: Results, folder: Path) -> str:
 
     folder: of the Markdown file, which the pictures' places are relative to.
     """
-    rows = timed(results.rows, bench="layer")
+    rows = timed(at_full_width(results), bench="layer")
     parts = []
     for device in values(rows, "device"):
-        threads = results.machine["threads"]
-        on_device = timed(rows, device=device, **({"threads": threads} if device == "cpu" else {}))
-        where = device_name(results.machine, device, threads)
-        lines = [line(row, on_device) for row in on_device if row["kind"] == "ours"]
+        lines = [line(row, rows) for row in timed(rows, device=device, kind="ours")]
+        where = device_name(results.machine, device)
         parts += [f"{where}: {software(results.machine)}.", "\n".join([*head(), *lines])]
     parts += [f"![{alt}]({place})" for alt, place in pictures(results.path, folder)]
     return "\n\n".join(parts)
@@ -35,8 +33,8 @@ def head() -> list[str]:
 
 def line(ours: Row, rows: list[Row]) -> str:
     """One of our rows, with the best of the peers that were timed in the same setting."""
-    peers = [row for row in rows if row["kind"] == "peer" and same_setting(row, ours)]
-    best = min(peers, key=lambda row: row["ms"], default=None)
+    setting = {name: ours[name] for name in ("shape", "dtype", "pass", "device", "threads")}
+    best = min(timed(rows, kind="peer", **setting), key=lambda row: row["ms"], default=None)
     cells = (
         ours["shape"],
         ours["dtype"],
@@ -50,10 +48,6 @@ def line(ours: Row, rows: list[Row]) -> str:
         "-" if ours["peak_mib"] is None else f"{ours['peak_mib']:,.0f} MiB",
     )
     return f"| {' | '.join(cells)} |"
-
-
-def same_setting(row: Row, other: Row) -> bool:
-    return all(row[name] == other[name] for name in ("shape", "dtype", "pass", "device", "threads"))
 
 
 def number(value: float | None) -> str:

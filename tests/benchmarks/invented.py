@@ -71,7 +71,7 @@ def layer(shape: str, limit_ms: float, sizes: dict[str, int], **other: Any) -> l
 def content() -> dict[str, Any]:
     rows = [
         row("ceilings", "copy", 2.0, kind="limit", bytes=4e7, shape="copy"),
-        row("ceilings", "gemm", 10.0, kind="limit", flops=2e12, shape="gemm"),
+        row("ceilings", "gemm", 10.0, kind="limit", flops=3e7, shape="gemm"),
         *layer("wide-1000", LIMIT_MS, {}),
         *layer("wide-1000", LIMIT_MS * 3, {}, **{"pass": "forward+backward"}),
         *layer("wide-1000", LIMIT_MS * 2, {}, threads=1),
@@ -79,7 +79,7 @@ def content() -> dict[str, Any]:
         *layer("wide-e8", LIMIT_MS * 1.5, {"E": 8}),
         row("route", "ours", 1.0, bytes=5e5, flops=8e5),
         row("permute", "ours", 2.0, bytes=1.2e7),
-        row("grouped_gemm", "ours", 90.0, flops=1.6e8, bytes=2e6),
+        row("grouped_gemm", "ours", 40.0, flops=1.6e8, bytes=2e6),
         row("combine", "ours", 3.0, bytes=1.2e7, flops=2e5),
     ]
     why = {name: value for name, value in row("layer", "peer einsum", 1.0).items() if "ms" not in name}

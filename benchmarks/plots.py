@@ -1,0 +1,69 @@
+"""The pictures of a result file: roofline, the layer against its peers, time by stage, scaling."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .reading import Results, at_full_width, device_name, result_file, software, timed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 200  # twice the pixels that a README shows
+
+
+def draw_results(results: Results, folder: Path) -> None:
+    """Every picture for each device and dtype, or a line that says what the file lacks for it."""
+    from .figures import PICTURES, NothingToDraw
+
+    for device, dtype in dict.fromkeys((row["device"], row["dtype"]) for row in timed(results.rows)):
+        rows = timed(results.rows, device=device, dtype=dtype)
+        full_width = at_full_width(results._replace(rows=rows))
+        caption = f"{device_name(results.machine, device)}; {software(results.machine)}"
+        for name, draw in PICTURES.items():
+            try:
+                picture = draw(rows if name == "scaling-threads" else full_width)
+            except NothingToDraw as reason:
+                print(f"not drawn: {name}, {device}, {dtype}: {reason}")
+                continue
+            save(picture, folder / f"{results.path.stem}-{name}-{device}-{dtype}.png", caption)
+
+
+def draw_profile(path: Path, folder: Path) -> None:
+    from .figures import profile_bars
+
+    profile = json.loads(path.read_text())
+    caption = f"{device_name(profile['machine'], profile['device'])}; {software(profile['machine'])}"
+    save(profile_bars(profile), folder / f"{path.stem}.png", caption)
+
+
+def save(picture: "Figure", path: Path, caption: str) -> None:
+    picture.text(0.01, 0.01, caption, fontsize=7, color="#555555")
+    picture.savefig(path, dpi=DPI)
+    print(path)
+
+
+def run(options: argparse.Namespace) -> int:
+    folder = options.out or options.results.path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    results = options.results
+    if options.shape:
+        kept = [row for row in results.rows if row["shape"] in options.shape or row["bench"] == "ceilings"]
+        results = results._replace(rows=kept)
+    try:
+        draw_results(results, folder)
+    except ModuleNotFoundError as error:
+        raise SystemExit("bench plot: needs matplotlib: pip install matplotlib") from error
+    if options.profile:
+        draw_profile(options.profile, folder)
+    return 0
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser("plot", help="pictures of a result file", description=__doc__)
+    parser.add_argument("results", type=result_file, metavar="FILE.json")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where they go; beside the file if not given")
+    parser.add_argument("--shape", nargs="+", metavar="NAME", help="only these; every shape if not given")
+    parser.add_argument("--profile", type=Path, metavar="PROFILE.json", help="of bench profile: its stages as well")
+    parser.set_defaults(run=run)
