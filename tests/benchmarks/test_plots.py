@@ -73,6 +73,29 @@ def test_stage_bars(rows):
     assert "100 ms" in [text.get_text() for text in axes.texts]
 
 
+def profile():
+    """Invented, as bench profile writes it."""
+    times = {"composed": {"route": 1.0, "permute": 3.0}, "fused": {"route": 1.0, "moe_ffn": 2.0}}
+    stages = [
+        {"composition": composition, "stage": stage, "pass": "forward", "ms": ms}
+        for composition, split in times.items()
+        for stage, ms in split.items()
+    ]
+    about = {"profile": 1, "machine": invented.MACHINE, "shape": "wide-1000", "dtype": "fp32", "device": "cpu"}
+    return about | {"stages": stages}
+
+
+def test_profile_bars():
+    (axes,) = figures.profile_bars(profile()).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["composed\nforward", "fused\nforward"]
+    assert bars(axes) == {
+        "route": pytest.approx([0.25, 1 / 3]),
+        "permute": pytest.approx([0.75, 0]),
+        "moe_ffn": pytest.approx([0, 2 / 3]),
+    }
+    assert "from a profile" in axes.figure.get_suptitle()
+
+
 @pytest.mark.parametrize(
     ("axis", "positions", "ours"), [("T", [1000, 2000], [1.6, 1.6]), ("E", [4, 8], [1.6, 1.6 / 1.5])]
 )
@@ -94,9 +117,10 @@ def test_scaling_over_threads_is_in_order(all_rows):
 
 def test_files(tmp_path, capsys):
     path = invented.written(tmp_path / "result.json", invented.content())
-    assert invented.run(plots, "plot", path, "--out", tmp_path / "pictures") == 0
+    profiled = invented.written(tmp_path / "profile.json", profile())
+    assert invented.run(plots, "plot", path, "--out", tmp_path / "pictures", "--profile", profiled) == 0
     names = ("roofline", "layer", "stages", "scaling-T", "scaling-E", "scaling-threads")
-    expected = {f"result-{name}-cpu-fp32.png" for name in names}
+    expected = {f"result-{name}-cpu-fp32.png" for name in names} | {"profile.png"}
     assert {picture.name for picture in (tmp_path / "pictures").iterdir()} == expected
     assert "not drawn" not in capsys.readouterr().out
 
