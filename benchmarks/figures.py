@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from .reading import Row, timed, values
 
@@ -76,37 +76,61 @@ def roof(rows: list[Row]) -> tuple[float, float]:
 
 
 def roofline(rows: list[Row]) -> Figure:
-    """Every kernel of the shape that has the most of them, under the roof that was measured in the same run."""
-    bandwidth, peak = roof(rows)
-    kernels = [row for row in timed(rows, kind="ours") if row["flops"] and row["bytes"]]
-    if not kernels:
-        raise NothingToDraw("no row of ours with FLOPs and bytes")
-    shape = max(values(kernels, "shape"), key=lambda name: len(timed(kernels, shape=name)))
-    kernels = timed(kernels, shape=shape)
-    scale, name = unit(timed(rows, kind="limit", tflops=peak))
-    drawn, (axes,) = figure(1, 5, f"{shape}, {kernels[0]['dtype']}: kernels under the measured roof")
+    """Every kernel of the shape that has the most of them, under the roof that was measured in the same run.
 
-    ridge = peak * 1e3 / bandwidth
-    intensities = [row["flops"] / row["bytes"] for row in kernels]
-    reach = (min(*intensities, ridge) / 3, ridge, max(*intensities, ridge) * 3)
-    heights = [min(peak, x * bandwidth / 1e3) * scale for x in reach]
-    label = f"{bandwidth:.3g} GB/s copied, {peak * scale:.3g} {name} multiplied"
-    axes.loglog(reach, heights, color=BLACK, linewidth=1, label=label)
-    shades = dict(zip(values(kernels, "bench"), (BLUE, *OTHERS, SKY), strict=False))
-    for row, x in zip(kernels, intensities, strict=True):
-        forward = row["pass"] == "forward"
-        fill = shades[row["bench"]] if forward else "white"
-        axes.plot(x, row["tflops"] * scale, "o", color=shades[row["bench"]], markerfacecolor=fill, label=kernel(row))
-    label_points(axes, [(x, row["tflops"] * scale, kernel(row)) for row, x in zip(kernels, intensities, strict=True)])
-    axes.set_xlabel("FLOPs per byte", fontsize=9)
-    axes.set_ylabel(name, fontsize=9)
-    axes.grid(alpha=0.3)
-    axes.legend([axes.lines[0]], [label], loc="upper left", frameon=False, fontsize=8)
+    What has no FLOPs to speak of stands beside it, under the copy bandwidth alone.
+    """
+    bandwidth, peak = roof(rows)
+    kernels = [row for row in timed(rows, kind="ours") if row["bytes"]]
+    shapes = values([row for row in kernels if row["flops"]], "shape")
+    if not shapes:
+        raise NothingToDraw("no row of ours with FLOPs and bytes")
+    shape = max(shapes, key=lambda name: len(timed(kernels, shape=name)))
+    kernels = timed(kernels, shape=shape)
+    title = f"{shape}, {kernels[0]['dtype']}: kernels under the measured roof"
+    without_flops = [row for row in kernels if not row["flops"]]
+    drawn, axes = figure(1 + bool(without_flops), 4.5, title, width_ratios=(3, 1)[: 1 + bool(without_flops)])
+    draw_roof(axes[0], [row for row in kernels if row["flops"]], bandwidth, peak)
+    if without_flops:
+        draw_bandwidths(axes[1], without_flops, bandwidth)
     return drawn
 
 
+def draw_roof(axes: Axes, kernels: list[Row], bandwidth: float, peak: float) -> None:
+    scale, name = (1.0, "TFLOP/s") if peak >= 1 else (1e3, "GFLOP/s")
+    ridge = peak * 1e3 / bandwidth
+    points = [(row["flops"] / row["bytes"], row["tflops"] * scale, kernel(row)) for row in kernels]
+    intensities, speeds, _ = zip(*points, strict=True)
+    reach = (min(*intensities, ridge) / 3, ridge, max(*intensities, ridge) * 3)
+    axes.loglog(reach, [min(peak, x * bandwidth / 1e3) * scale for x in reach], color=BLACK, linewidth=1)
+    axes.set_ylim(min(*speeds, peak * scale / 10) / 2, max(*speeds, peak * scale) * 2)
+    shades = dict(zip(values(kernels, "bench"), (BLUE, *OTHERS, SKY), strict=False))
+    for row, (x, y, label) in zip(kernels, points, strict=True):
+        color = shades[row["bench"]]
+        fill = color if row["pass"] == "forward" else "white"
+        axes.plot(x, y, "o", color=color, markerfacecolor=fill, label=label)
+    label_points(axes, points)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(f"{bandwidth:.3g} GB/s copied, {peak * scale:.3g} {name} multiplied", fontsize=9)
+    axes.set_xlabel("FLOPs per byte", fontsize=9)
+    axes.set_ylabel(name, fontsize=9)
+    axes.grid(alpha=0.3)
+
+
+def draw_bandwidths(axes: Axes, kernels: list[Row], bandwidth: float) -> None:
+    axes.barh(range(len(kernels)), [row["gb_per_s"] for row in kernels], 0.3, color=SKY)
+    for place, row in enumerate(kernels):
+        axes.text(0, place - 0.2, kernel(row), va="bottom", fontsize=7)
+    axes.axvline(bandwidth, color=BLACK, linewidth=1)
+    axes.set_title("without FLOPs", fontsize=9)
+    axes.set_xlabel("GB/s", fontsize=9)
+    axes.set_yticks([])
+    axes.invert_yaxis()
+
+
 def kernel(row: Row) -> str:
-    return f"{row['bench']}, {row['pass']} ({row['contender']})"
+    _, _, backend = row["contender"].partition(", ")  # ours is named with its backend where it is not the best one
+    return f"{row['bench']}, {row['pass']}" + (f" ({backend})" if backend else "")
 
 
 def label_points(axes: Axes, points: list[tuple[float, float, str]]) -> None:

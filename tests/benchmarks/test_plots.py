@@ -31,23 +31,32 @@ def bars(axes):
 
 
 def test_roofline(rows):
-    (axes,) = figures.roofline(rows).axes
+    axes, _ = figures.roofline(rows).axes
     # copied: 4e7 bytes in 2 ms; multiplied: 3e7 operations in 10 ms, the most of any limit
     roof, *points = axes.lines
-    assert roof.get_label() == "20 GB/s copied, 3 GFLOP/s multiplied"
+    assert axes.get_title() == "20 GB/s copied, 3 GFLOP/s multiplied"
     xs, ys = roof.get_data()
     assert xs[1] == pytest.approx(3 / 20)  # the ridge
     assert ys[1:] == pytest.approx([3, 3])
     assert ys[0] == pytest.approx(20 * xs[0])
     found = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in points}
     assert found == {
-        "layer, forward (ours)": pytest.approx((1.6e8 / 4e6, 1.6)),  # in 100 ms
-        "layer, forward+backward (ours)": pytest.approx((1.6e8 / 4e6, 1.6 / 3)),
-        "route, forward (ours)": pytest.approx((8e5 / 5e5, 0.8)),
-        "grouped_gemm, forward (ours)": pytest.approx((1.6e8 / 2e6, 4.0)),
-        "combine, forward (ours)": pytest.approx((2e5 / 1.2e7, 0.2 / 3)),
+        "layer, forward": pytest.approx((1.6e8 / 4e6, 1.6)),  # in 100 ms
+        "layer, forward+backward": pytest.approx((1.6e8 / 4e6, 1.6 / 3)),
+        "route, forward": pytest.approx((8e5 / 5e5, 0.8)),
+        "grouped_gemm, forward": pytest.approx((1.6e8 / 2e6, 4.0)),
+        "combine, forward": pytest.approx((2e5 / 1.2e7, 0.2 / 3)),
     }
     assert {text.get_text() for text in axes.texts} == set(found)
+
+
+def test_kernels_without_flops_stand_beside_the_roof(rows):
+    _, beside = figures.roofline([*rows, invented.row("permute", "ours, triton", 3.0, bytes=1.2e7)]).axes
+    assert [text.get_text() for text in beside.texts] == ["permute, forward", "permute, forward (triton)"]
+    assert [bar.get_width() for bar in beside.containers[0]] == pytest.approx([6, 4])  # 1.2e7 bytes in 2 and 3 ms
+    assert list(beside.lines[0].get_xdata()) == [20, 20]
+    without = [row for row in rows if row["bench"] != "permute"]
+    assert len(figures.roofline(without).axes) == 1
 
 
 def test_layer_bars(rows):
@@ -118,7 +127,7 @@ def test_scaling_over_threads_is_in_order(all_rows):
 def test_files(tmp_path, capsys):
     path = invented.written(tmp_path / "result.json", invented.content())
     profiled = invented.written(tmp_path / "profile.json", profile())
-    assert invented.run(plots, "plot", path, "--out", tmp_path / "pictures", "--profile", profiled) == 0
+    invented.run(plots, "plot", path, "--out", tmp_path / "pictures", "--profile", profiled)
     names = ("roofline", "layer", "stages", "scaling-T", "scaling-E", "scaling-threads")
     expected = {f"result-{name}-cpu-fp32.png" for name in names} | {"profile.png"}
     assert {picture.name for picture in (tmp_path / "pictures").iterdir()} == expected
@@ -137,7 +146,7 @@ def test_a_picture_without_rows_is_not_drawn_and_says_so(tmp_path, capsys):
     content = invented.content()
     content["rows"] = [row for row in content["rows"] if row["bench"] == "layer" and row["shape"] == "wide-1000"]
     path = invented.written(tmp_path / "result.json", content)
-    assert invented.run(plots, "plot", path) == 0
+    invented.run(plots, "plot", path)
     drawn = {picture.name for picture in tmp_path.glob("*.png")}
     assert drawn == {"result-layer-cpu-fp32.png", "result-scaling-threads-cpu-fp32.png"}
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not drawn")]
