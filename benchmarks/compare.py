@@ -1,6 +1,7 @@
 """Two result files side by side: what became slower or faster beyond the noise of both."""
 
 import argparse
+import sys
 from typing import Any, NamedTuple
 
 from .reading import KEY, Results, Row, key, result_file
@@ -75,13 +76,14 @@ def aligned(table: list[list[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     changes, lines = differences(options.old, options.new, options.threshold)
     table = aligned([HEADER, *(change.columns() for change in changes)]) if changes else []
     counts = {verdict: sum(c.verdict == verdict for c in changes) for verdict in ("slower", "faster", "same")}
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     print("\n".join([*machine_warning(options.old.machine, options.new.machine), *table, *lines, summary]))
-    return int(options.fail and any(change.regressed for change in changes))
+    if options.fail and any(change.regressed for change in changes):
+        sys.exit(1)
 
 
 def add_command(commands: Any) -> None:

@@ -44,7 +44,7 @@ def save(picture: "Figure", path: Path, caption: str) -> None:
     print(path)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     folder = options.out or options.results.path.parent
     folder.mkdir(parents=True, exist_ok=True)
     results = options.results
@@ -57,7 +57,6 @@ def run(options: argparse.Namespace) -> int:
         raise SystemExit("bench plot: needs matplotlib: pip install matplotlib") from error
     if options.profile:
         draw_profile(options.profile, folder)
-    return 0
 
 
 def add_command(commands: Any) -> None:

@@ -224,13 +224,12 @@ def report(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     backward = options.direction == "forward+backward"
     found = measure(find(options.shape), options.dtype, options.device, backward, options.trace)
     print(report(found))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-    return 0
 
 
 def add_command(commands: Any) -> None:

@@ -19,7 +19,10 @@ class Results(NamedTuple):
 
 def load(path: Path) -> Results:
     """Raises ValueError for a file that is not a result file of this format."""
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path}: expected a result file of format {FORMAT}, got {describe(found)}")

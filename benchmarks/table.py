@@ -9,7 +9,7 @@ from typing import Any
 from .reading import Results, Row, at_full_width, device_name, result_file, software, timed, values
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
-HEADER = ("shape", "dtype", "pass", "ours", "TFLOP/s", "limit", "of its speed", "best peer", "times as fast", "memory")
+HEADER = ("shape", "dtype", "pass", "ours", "GFLOP/s", "limit", "of its speed", "best peer", "times as fast", "memory")
 
 
 def render(results: Results, folder: Path) -> str:
@@ -40,7 +40,7 @@ def line(ours: Row, rows: list[Row]) -> str:
         ours["dtype"],
         ours["pass"],
         f"{number(ours['ms'])} ms ± {number(ours['spread_ms'])}",
-        number(ours["tflops"]),
+        "-" if ours["tflops"] is None else number(ours["tflops"] * 1e3),
         ours["limit"] or "-",
         number(ours["share_of_limit"]),
         f"{best['contender']}, {number(best['ms'])} ms" if best else "-",
@@ -78,13 +78,12 @@ def replaced(text: str, content: str) -> str:
     return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     if options.write is None:
         print(render(options.results, Path.cwd()))
     else:
         text = options.write.read_text()
         options.write.write_text(replaced(text, render(options.results, options.write.resolve().parent)))
-    return 0
 
 
 def add_command(commands: Any) -> None:

@@ -91,9 +91,9 @@ def written(path: Path, results: dict[str, Any]) -> Path:
     return path
 
 
-def run(module: Any, *arguments: Any) -> int:
+def run(module: Any, *arguments: Any) -> None:
     """A subcommand of ``bench`` as its command line runs it."""
     parser = argparse.ArgumentParser()
     module.add_command(parser.add_subparsers())
     options = parser.parse_args([str(argument) for argument in arguments])
-    return options.run(options)
+    options.run(options)

@@ -1,5 +1,7 @@
 """bench compare on two invented files."""
 
+import contextlib
+
 import invented
 import pytest
 from widenet_kernels.benchmarks import compare
@@ -32,7 +34,7 @@ def scaled(factor, contender="ours", **other):
 
 
 def test_nothing_changed(files, capsys):
-    assert invented.run(compare, "compare", *files(lambda new: None), "--fail") == 0
+    invented.run(compare, "compare", *files(lambda new: None), "--fail")
     out = capsys.readouterr().out
     assert "0 slower, 0 faster, 26 same" in out
     assert "warning" not in out
@@ -51,7 +53,8 @@ def test_nothing_changed(files, capsys):
     ],
 )
 def test_one_row_changed(files, capsys, change, arguments, verdict, code):
-    assert invented.run(compare, "compare", *files(change), *arguments) == code
+    with pytest.raises(SystemExit, match="1") if code else contextlib.nullcontext():
+        invented.run(compare, "compare", *files(change), *arguments)
     summary = capsys.readouterr().out.splitlines()[-1]
     counts = {word: int(count) for count, word in (part.split() for part in summary.split(", "))}
     assert counts == {"slower": 0, "faster": 0, "same": 25} | {verdict: 26 if verdict == "same" else 1}

@@ -31,7 +31,7 @@ def test_rows(results, tmp_path):
         "dtype": "fp32",
         "pass": "forward",
         "ours": "100 ms ± 2.00",
-        "TFLOP/s": "0.00160",
+        "GFLOP/s": "1.60",
         "limit": "gemms",
         "of its speed": "0.800",
         "best peer": "peer loop, 160 ms",
