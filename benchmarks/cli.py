@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import results, shapes
+from . import compare, plots, profiling, results, shapes, table
 from .layer import DIRECTIONS
 from .timing import Row
 
@@ -27,6 +27,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patience", type=float, default=20.0, help="what takes more seconds is called once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
     parser.add_argument("--list", action="store_true", help="print the benches, shapes and suites")
+    commands = parser.add_subparsers(title="on a file that a run has left, or on one layer")
+    for module in (compare, plots, table, profiling):
+        module.add_command(commands)
 
 
 def run(options: argparse.Namespace) -> None:
