@@ -69,7 +69,8 @@ WIDENET = {
 WIDENET_B = WIDENET["b", 256]
 TEXT = [Case(f"widenet-text-e{E}", 16 * 512, 768, 3072, E, 2) for E in (4, 8, 16)]
 DECODE = [Case(f"decode-{T}", T, *SIZES["b"], 4, 2, None) for T in (1, 2, 4, 8, 16, 32, 64)]
-OVER_T = [Case(f"tokens-{T}", T, *SIZES["b"], 4, 2) for T in (128, 256, 512, 1024, 2048, 4096)]
+OVER_T = [Case(f"tokens-{T}", T, 256, 1024, 4, 2) for T in (256, 1024, 4096, 16384, 65536)]
+OVER_C = [Case(f"capacity-{factor}", 4096, 256, 1024, 4, 2, factor) for factor in (1.5, 2.0, 4.0)]  # nothing is dropped
 OVER_E = [Case(f"experts-{E}", 2048, 512, 1024, E, 2) for E in (2, 4, 8, 16, 32, 64)]
 
 
@@ -91,6 +92,7 @@ CASES = {
         *itertools.chain.from_iterable(varied(WIDENET["b", images]) for images in IMAGES),
         *(case._replace(name=f"{case.name}-zipf", routing="zipf") for case in (FINE_GRAINED, SMALL)),
         *OVER_T,
+        *OVER_C,
         *OVER_E,
     )
 }
@@ -101,7 +103,7 @@ SUITES = {
         *("small", "small-zipf", *(case.name for case in DECODE)),
     ),
     "gpu": ("widenet-b-256", "mixtral", "fine-grained", "widenet-b-256-zipf", "small", "decode-64"),
-    "scaling": tuple(case.name for case in (*OVER_T, *OVER_E)),
+    "scaling": tuple(case.name for case in (*OVER_T, *OVER_C, *OVER_E)),
 }
 
 

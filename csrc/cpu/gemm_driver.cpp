@@ -9,6 +9,7 @@ namespace {
 constexpr int64_t kMostRows = 3072;         // of a, packed at a time
 constexpr int64_t kPackedFloats = 1 << 18;  // so much of a, unless one piece of K is more: it stays in cache
 constexpr int64_t kGrain = 1 << 14;         // elements that a thread packs at least
+constexpr int64_t kLeastWork = 1 << 18;     // products for which a thread is worth waking
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -31,9 +32,10 @@ struct Workspace {
   int64_t packed() const { return rows * depth; }
 };
 
-// Every thread a part of out, if it has as many tiles, and none with more columns than fit.
+// Every thread a part of out, if there is as much to do, and none with more columns than fit.
 void cut(GemmArgs& args, const GemmTile& tile) {
-  const int64_t threads = num_threads(), least = ceil_div(args.n, tile.part_columns);
+  const int64_t threads = std::clamp<int64_t>(args.m * args.n * args.k / kLeastWork, 1, num_threads());
+  const int64_t least = ceil_div(args.n, tile.part_columns);
   args.column_parts = std::min(ceil_div(least, threads) * threads, ceil_div(args.n, tile.columns));
   args.row_parts = std::min(ceil_div(threads, args.column_parts), ceil_div(args.m, tile.rows));
 }
@@ -59,13 +61,13 @@ void multiply(const Kernels& kernels, const Product& product, float* packed) {
     char* out = static_cast<char*>(product.out) + row * product.out_stride * element_size(product.out_type);
     args.m = std::min(workspace.rows, product.m - row);
     args.sums = narrow ? packed + workspace.packed() : reinterpret_cast<float*>(out);
-    cut(args, tile);
     for (int64_t k = 0; k < product.k; k += workspace.depth) {
       args.k = std::min(workspace.depth, product.k - k);
       args.a = operand_from(product, product.a, row, k);
       args.b = operand_from(product, product.b, k, 0);
       args.accumulate = product.accumulate || k > 0;
       args.out = narrow && k + args.k == product.k ? out : nullptr;
+      cut(args, tile);
       parallel_for(ceil_div(args.m, tile.rows), ceil_div(kGrain, args.k * tile.rows),
                    [&](int64_t begin, int64_t end) { kernels.gemm_pack(args, begin, end); });
       parallel_for(args.row_parts * args.column_parts, 1,

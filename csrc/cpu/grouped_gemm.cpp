@@ -1,7 +1,8 @@
 // What stands around the experts' GEMMs: bias and activation behind the first, their gradients, the bias gradients.
 //
-// The GEMMs themselves are gemm.cpp's or torch's. The forward reads and writes z once and writes act(z); the backward reads z and
-// the incoming gradient once and writes grad_z and, for the fused FFN, row_weight * act(z) in the same pass.
+// The GEMMs themselves are gemm.cpp's or torch's. The forward reads and writes z once and writes act(z); the backward
+// reads z and the incoming gradient once and writes grad_z and, for the fused FFN, row_weight * act(z) in the same
+// pass.
 #include "activation.h"
 #include "levels.h"
 

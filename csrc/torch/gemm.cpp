@@ -42,10 +42,12 @@ bool is_slow_in_torch(ScalarType type) {
   return type == ScalarType::Float ? f32 : type == ScalarType::BFloat16 ? bf16 : type == ScalarType::Half && f16;
 }
 
-// A single row is a product with a vector, which torch does at the speed of memory, in float.
+// A single row is a product with a vector, which torch does at the speed of memory, in float; unless it is so small
+// that the way to torch is longer.
 bool is_ours(const Matrix& out, const Matrix& a) {
+  constexpr int64_t kSmall = 1 << 14;
   if (!is_slow_in_torch(a.type) || !out.rows || !out.columns || !a.columns || out.column_stride != 1) return false;
-  return out.rows > 1 || a.type != ScalarType::Float;
+  return out.rows > 1 || a.type != ScalarType::Float || a.columns * out.columns <= kSmall;
 }
 
 void own_gemm(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
@@ -60,7 +62,7 @@ void own_gemm(const Matrix& out, const Matrix& a, const Matrix& b, bool accumula
                         out.data,
                         out.row_stride};
   const int64_t size = workspace_size(kernels(), product);
-  const Tensor workspace = torch::stable::empty({size}, ScalarType::Float);
+  const Tensor workspace = new_tensor({size}, ScalarType::Float, aoti_torch_device_type_cpu(), 0);
   multiply(kernels(), product, static_cast<float*>(workspace.mutable_data_ptr()));
 }
 

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -79,9 +80,22 @@ inline Tensor in_huge_pages(const Tensor& t) {
   return t;
 }
 
+// Contiguous and uninitialised; straight from the C shim, without a turn of the dispatcher.
+inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype, int32_t device_type, int32_t device) {
+  Sizes strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), type, device_type, device, &made));
+  const Tensor t(made);
+  return device_type == aoti_torch_device_type_cpu() ? in_huge_pages(t) : t;
+}
+
 inline Tensor empty_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
-  const Tensor t = torch::stable::new_empty(like, sizes, dtype);
-  return t.is_cpu() ? in_huge_pages(t) : t;
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  return new_tensor(sizes, dtype, device_type, like.get_device_index());
 }
 inline Tensor empty_tensor(const Tensor& like, const Sizes& sizes) {
   return empty_tensor(like, sizes, like.scalar_type());

@@ -4,6 +4,7 @@ import contextlib
 
 import invented
 import pytest
+
 from widenet_kernels.benchmarks import compare
 
 

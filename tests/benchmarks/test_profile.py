@@ -5,9 +5,9 @@ import json
 import invented
 import pytest
 import torch
-from widenet_kernels.benchmarks import profiling, shapes
 
 import widenet_kernels as wk
+from widenet_kernels.benchmarks import profiling, shapes
 
 STAGES = ["route", "permute", "first GEMM", "activation", "second GEMM", "combine"]
 

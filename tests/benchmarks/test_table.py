@@ -5,6 +5,7 @@ from pathlib import Path
 
 import invented
 import pytest
+
 from widenet_kernels.benchmarks import reading, table
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,6 @@ from widenet_kernels.routing import RoutingPlan
 MOST_ROWS = 2**31 - 1  # rows and choices are counted in int32
 # asked once: not every version of torch's compiler can trace the question
 AUTOCAST_DEVICES = {name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name)}
-PLAN_TENSORS = RoutingPlan._fields[:5]
 
 
 def invalid(op: str, argument: str, expected: str, got: Any) -> ValueError:
@@ -33,12 +32,15 @@ def check_tensor(op: str, argument: str, tensor: Any, shape: tuple[int | None, .
     """``shape`` gives the sizes that are known already (None: any); ``letters`` names them, such as "[T, D]"."""
     if not isinstance(tensor, Tensor):
         raise wrong_type(op, argument, f"a tensor {letters}", type(tensor).__name__)
-    if tensor.dim() != len(shape):
+    sizes = tensor.shape
+    if sizes == shape:
+        return
+    if len(sizes) != len(shape):
         raise invalid(op, argument, f"a tensor {letters}", describe(tensor))
-    for have, want in zip(tensor.shape, shape, strict=True):
+    for have, want in zip(sizes, shape):  # noqa: B905  # as long as each other
         if want is not None and have != want:
-            sizes = ", ".join("any" if size is None else str(size) for size in shape)
-            raise invalid(op, argument, f"{letters} = [{sizes}]", describe(tensor))
+            expected = ", ".join("any" if size is None else str(size) for size in shape)
+            raise invalid(op, argument, f"{letters} = [{expected}]", describe(tensor))
 
 
 def check_float(op: str, argument: str, tensor: Tensor) -> None:
@@ -74,12 +76,19 @@ def check_plan(op: str, plan: Any, like: Tensor, first: str) -> None:
     """The kernels check the values they read from a plan, but trust its shapes and dtypes: those are checked here."""
     if not isinstance(plan, RoutingPlan):
         raise wrong_type(op, "plan", "a RoutingPlan, as plan_routing and route return it", type(plan).__name__)
-    shapes = ((None, plan.k), (plan.num_rows,), (plan.num_experts,), (plan.num_experts,), (plan.num_experts,))
-    for name, tensor, shape in zip(PLAN_TENSORS, plan[:5], shapes, strict=True):
-        check_tensor(op, f"plan.{name}", tensor, shape, "as plan_routing made it")
-        check_device(op, f"plan.{name}", tensor, first, like)
-        if tensor.dtype != torch.int32:
-            raise wrong_type(op, f"plan.{name}", "torch.int32", describe(tensor))
+    experts = (plan.num_experts,)
+    check_indices(op, "plan.choice_row", plan.choice_row, (None, plan.k), like, first)
+    check_indices(op, "plan.row_choice", plan.row_choice, (plan.num_rows,), like, first)
+    check_indices(op, "plan.expert_begin", plan.expert_begin, experts, like, first)
+    check_indices(op, "plan.expert_count", plan.expert_count, experts, like, first)
+    check_indices(op, "plan.expert_demand", plan.expert_demand, experts, like, first)
+
+
+def check_indices(op: str, argument: str, tensor: Any, shape: tuple[int | None, ...], like: Tensor, first: str) -> None:
+    check_tensor(op, argument, tensor, shape, "as plan_routing made it")
+    check_device(op, argument, tensor, first, like)
+    if tensor.dtype != torch.int32:
+        raise wrong_type(op, argument, "torch.int32", describe(tensor))
 
 
 def check_layout(op: str, capacity: int | None, tokens: str, num_choices: int, num_experts: int, priority: str) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widenet_kernels.ops.checks import check_device, check_float, check_plan, check_tensor
-from widenet_kernels.ops.registry import define_op, ops_for
+from widenet_kernels.ops.checks import check_device, check_float, check_plan, check_tensor, wants_grad
+from widenet_kernels.ops.registry import call, define_op, ops_for
 from widenet_kernels.reference import combine as reference
 from widenet_kernels.routing import RoutingPlan
 
@@ -75,4 +75,4 @@ def combine(rows: Tensor, weight: Tensor, plan: RoutingPlan, *, backend: str | N
     check_device("combine", "weight", weight, "rows", rows)
     dtype = torch.float64 if weight.dtype == torch.float64 else rows.dtype
     ops = ops_for("combine", backend, rows, dtype)
-    return ops.combine(rows, weight, plan.choice_row, plan.row_choice)
+    return call(ops.combine, wants_grad(rows, weight), rows, weight, plan.choice_row, plan.row_choice)

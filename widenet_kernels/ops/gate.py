@@ -13,8 +13,9 @@ from widenet_kernels.ops.checks import (
     check_k,
     check_tensor,
     invalid,
+    wants_grad,
 )
-from widenet_kernels.ops.registry import define_op, ops_for
+from widenet_kernels.ops.registry import call, define_op, ops_for
 from widenet_kernels.reference import gate as reference
 from widenet_kernels.routing import Gate
 
@@ -103,4 +104,4 @@ def topk_gate(
         check_device("topk_gate", "noise", noise, "logits", logits)
         noise = noise.detach()
     ops = ops_for("topk_gate", backend, logits, logits.dtype, logits.shape[1])
-    return Gate(*ops.topk_gate(logits, k, noise, normalize))
+    return Gate(*call(ops.topk_gate, wants_grad(logits), logits, k, noise, normalize))

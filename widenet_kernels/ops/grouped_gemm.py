@@ -14,7 +14,7 @@ from widenet_kernels.ops.checks import (
     invalid,
     wants_grad,
 )
-from widenet_kernels.ops.registry import define_op, ops_for
+from widenet_kernels.ops.registry import call, define_op, ops_for
 from widenet_kernels.reference import grouped_gemm as reference
 from widenet_kernels.routing import ACTIVATIONS, GATED, RoutingPlan
 
@@ -137,4 +137,5 @@ def grouped_gemm(
         check_like("grouped_gemm", "bias", bias, "rows", rows)
     ops = ops_for("grouped_gemm", backend, rows, rows.dtype)
     save = wants_grad(rows, weight, bias)
-    return ops.grouped_gemm(rows, weight, bias, plan.expert_begin, plan.expert_count, activation or "", save)[0]
+    places = (plan.expert_begin, plan.expert_count)
+    return call(ops.grouped_gemm, save, rows, weight, bias, *places, activation or "", save)[0]

@@ -18,7 +18,7 @@ from widenet_kernels.ops.checks import (
     wrong_type,
 )
 from widenet_kernels.ops.grouped_gemm import check_activation
-from widenet_kernels.ops.registry import define_op, ops_for
+from widenet_kernels.ops.registry import call, define_op, ops_for
 from widenet_kernels.reference import moe as reference
 from widenet_kernels.routing import GATED, RoutingPlan
 
@@ -247,4 +247,5 @@ def moe_ffn(
     ops = ops_for("moe_ffn", backend, x, dtype)
     save = wants_grad(x, weight, w1, b1, w2, b2)
     places = (plan.choice_row, plan.row_choice, plan.expert_begin, plan.expert_count)
-    return ops.moe_ffn(x, weight, *places, w1, b1, w2, b2, activation, save, *(grad_buffers or ()))[0]
+    experts = (w1, b1, w2, b2)
+    return call(ops.moe_ffn, save, x, weight, *places, *experts, activation, save, *(grad_buffers or ()))[0]

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from widenet_kernels.ops.checks import check_float, check_plan, check_tensor
-from widenet_kernels.ops.registry import define_op, ops_for
+from widenet_kernels.ops.checks import check_float, check_plan, check_tensor, wants_grad
+from widenet_kernels.ops.registry import call, define_op, ops_for
 from widenet_kernels.reference import permute as reference
 from widenet_kernels.routing import RoutingPlan
 
@@ -59,4 +59,4 @@ def permute(x: Tensor, plan: RoutingPlan, *, backend: str | None = None) -> Tens
     check_plan("permute", plan, x, "x")
     check_tensor("permute", "x", x, (plan.choice_row.shape[0], None), "[T, D] with the plan's T")
     ops = ops_for("permute", backend, x, x.dtype)
-    return ops.permute(x, plan.choice_row, plan.row_choice)
+    return call(ops.permute, wants_grad(x), x, plan.choice_row, plan.row_choice)

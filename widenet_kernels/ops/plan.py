@@ -12,7 +12,7 @@ from widenet_kernels.ops.checks import (
     invalid,
     wrong_type,
 )
-from widenet_kernels.ops.registry import define_op, ops_for
+from widenet_kernels.ops.registry import call, define_op, ops_for
 from widenet_kernels.reference import plan as reference
 from widenet_kernels.routing import RoutingPlan
 
@@ -96,4 +96,5 @@ def plan_routing(
     if expert_index.dtype != torch.int32:
         expert_index = expert_index.to(torch.int64)  # the kernels take int32 and int64 and check before narrowing
     ops = ops_for("plan_routing", backend, expert_index, torch.float32, num_experts)
-    return as_plan(ops.plan_routing(expert_index, num_experts, capacity, priority, score), num_experts, capacity)
+    plan = call(ops.plan_routing, False, expert_index, num_experts, capacity, priority, score)
+    return as_plan(plan, num_experts, capacity)

@@ -12,10 +12,11 @@ from widenet_kernels.ops.checks import (
     check_k,
     check_layout,
     check_tensor,
+    wants_grad,
     wrong_type,
 )
 from widenet_kernels.ops.plan import as_plan, fake_plan
-from widenet_kernels.ops.registry import define_op, ops_for
+from widenet_kernels.ops.registry import call, define_op, ops_for
 from widenet_kernels.reference import route as reference
 from widenet_kernels.reference.gate import math_dtype
 from widenet_kernels.routing import Gate, RoutingPlan
@@ -153,7 +154,8 @@ def route(
         if mask.dtype != torch.bool:
             raise wrong_type("route", "mask", "torch.bool", mask.dtype)
     ops = ops_for("route", backend, x, x.dtype, num_experts)
-    weight, expert_index, probs, logits, *plan = ops.route(
-        x, router_weight, k, capacity, noise, normalize, priority, mask
+    options = (k, capacity, noise, normalize, priority, mask)
+    weight, expert_index, probs, logits, *plan = call(
+        ops.route, wants_grad(x, router_weight), x, router_weight, *options
     )
     return Gate(weight, expert_index, probs), as_plan(plan, num_experts, capacity), logits
