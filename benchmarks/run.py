@@ -67,7 +67,7 @@ def run(plan: Plan, report: Callable[[list[Row]], None]) -> None:
         if bench not in ONCE or case is plan.cases[0]
     ]
     timer, made = clock(plan.device), functools.lru_cache(maxsize=1)(Inputs)
-    with on_stream(plan.device), Progress(steps, file=sys.stderr, unit="bench", leave=False) as bar:
+    with on_stream(plan.device), Progress(steps, file=sys.stderr, unit="bench", leave=False, disable=None) as bar:
         for threads, case, dtype, bench in bar:
             torch.set_num_threads(threads)
             about = {"dtype": dtype, "device": plan.device, "threads": threads}

@@ -75,14 +75,19 @@ void pack_side_by_side(const Lines<T>& lines, float* packed) {
   }
 }
 
-// A panel of lines that each lie in one piece: squares are transposed in registers.
+// A panel of lines that each lie in one piece, as far as whole squares go: they are transposed in registers. Where a
+// square is wider than the panel, what is written over its edge is written again by the next line, but for the last.
 template <int64_t width, class T>
 int64_t pack_transposed(const Lines<T>& lines, float* packed) {
+  constexpr int64_t squares = (width + kLanes - 1) / kLanes, over = squares * kLanes - width;
   int64_t p = 0;
-  for (; p + kLanes <= lines.depth; p += kLanes) {
+  if (squares > 1 && over > 0) return p;  // the edge of a line would be written after the next one
+  for (; p + kLanes + (over + width - 1) / width <= lines.depth; p += kLanes) {
     for (int64_t first = 0; first < width; first += kLanes) {
-      Vector square[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) square[i] = load<float>(lines.from + (first + i) * lines.stride + p);
+      Vector square[kLanes] = {};
+      for (int64_t i = 0; i < kLanes && first + i < width; ++i) {
+        square[i] = load<float>(lines.from + (first + i) * lines.stride + p);
+      }
       transpose(square);
       for (int64_t i = 0; i < kLanes; ++i) std::memcpy(packed + (p + i) * width + first, &square[i], sizeof(Vector));
     }
@@ -102,7 +107,7 @@ void pack(const Lines<T>& lines, float* packed) {
     const int64_t count = std::min(width, lines.count - first);
     float* panel = packed + first * lines.depth;
     int64_t p = 0;
-    if (count == width && width % kLanes == 0 && lines.depth_stride == 1) {
+    if (count == width && lines.depth_stride == 1) {
       p = pack_transposed<width>(Lines<T>{from, width, lines.stride, lines.depth, 1}, panel);
     }
     for (; p < lines.depth; ++p) {
@@ -171,10 +176,10 @@ void multiply_block(const GemmArgs& args, Range rows, Range columns, Range piece
 template <class T>
 void multiply_task(const GemmArgs& args, Range rows, Range columns) {
   alignas(64) float packed_b[kDepth * kBlockColumns];
-  const T* b = static_cast<const T*>(args.b.data);
+  const T* b = static_cast<const T*>(args.b.data) + columns.begin * args.b.column_stride;
   for (Range piece{0, 0}; piece.begin < args.k; piece.begin = piece.end) {
     piece.end = std::min(piece.begin + kDepth, args.k);
-    const T* from = b + piece.begin * args.b.row_stride + columns.begin * args.b.column_stride;
+    const T* from = b + piece.begin * args.b.row_stride;
     pack<kTileColumns>(Lines<T>{from, columns.size(), args.b.column_stride, piece.size(), args.b.row_stride}, packed_b);
     multiply_block(args, rows, columns, piece, packed_b);
   }
@@ -214,9 +219,9 @@ void gemm_pack(const GemmArgs& args, int64_t begin, int64_t end) {
 
 void gemm(const GemmArgs& args, int64_t begin, int64_t end) {
   dispatch_float(args.type, [&](auto type) {
-    for (int64_t task = begin; task < end; ++task) {
-      multiply_task<decltype(type)>(args, part(task / args.column_parts, args.row_parts, args.m, kTileRows),
-                                    part(task % args.column_parts, args.column_parts, args.n, kTileColumns));
+    for (int64_t i = begin; i < end; ++i) {
+      multiply_task<decltype(type)>(args, part(i / args.column_parts, args.row_parts, args.m, kTileRows),
+                                    part(i % args.column_parts, args.column_parts, args.n, kTileColumns));
     }
   });
 }
