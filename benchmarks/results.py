@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Iterable, Iterator
 from importlib import metadata
@@ -33,11 +34,10 @@ class Section(NamedTuple):
 
 def complete(section: Section, about: Row, measured: dict[str, Row]) -> Iterator[Row]:
     """The rows of a section as the result file has them; ``about``: dtype, device, threads."""
-    times = {name: row["ms"] for name, row in measured.items() if "ms" in row}
-    limit_ms = times.get(section.limit or "")
-    best_peer_ms = min(
-        (times[c.name] for c in section.contenders if c.kind == "peer" and c.name in times), default=None
-    )
+    timed = {name: row for name, row in measured.items() if "ms" in row}
+    limit = timed.get(section.limit or "")
+    peers = (timed[c.name] for c in section.contenders if c.kind == "peer" and c.name in timed)
+    best_peer = min(peers, key=lambda row: row["ms"], default=None)
     for contender in section.contenders:
         row = measured.get(contender.name, {})
         if "ms" not in row and "why" not in row:
@@ -51,9 +51,9 @@ def complete(section: Section, about: Row, measured: dict[str, Row]) -> Iterator
         counted = contender.flops or contender.nbytes or contender.name == section.limit
         yield head | about | {"contender": contender.name, "kind": contender.kind} | figures(contender, row) | {
             "limit": section.limit,
-            "share_of_limit": ratio(limit_ms, row.get("ms")) if counted else None,
-            "ratio_to_best_peer": None if contender.kind == "limit" else ratio(best_peer_ms, row.get("ms")),
-            "host_us": host_us(section, limit_ms, row),
+            "share_of_limit": paired_ratio(limit, row) if counted else None,
+            "ratio_to_best_peer": None if contender.kind == "limit" else paired_ratio(best_peer, row),
+            "host_us": host_us(section, limit, row),
         }  # fmt: skip
 
 
@@ -66,11 +66,18 @@ def figures(contender: Contender, row: Row) -> Row:
     return empty | counted | row
 
 
-def host_us(section: Section, limit_ms: float | None, row: Row) -> float | None:
+def host_us(section: Section, limit: Row | None, row: Row) -> float | None:
     """As measured; of the bench of that name, what goes beyond the products."""
-    if section.bench != "host" or limit_ms is None or "ms" not in row:
+    if section.bench != "host" or limit is None or "ms" not in row:
         return row.get("host_us")
-    return (row["ms"] - limit_ms) * 1e3
+    return statistics.median(ms - least for ms, least in zip(row["turns_ms"], limit["turns_ms"], strict=False)) * 1e3
+
+
+def paired_ratio(part: Row | None, whole: Row) -> float | None:
+    """The median over the rounds of the ratio within a round: a slow phase of the machine slows both."""
+    if part is None or "ms" not in whole:
+        return None
+    return statistics.median(a / b for a, b in zip(part["turns_ms"], whole["turns_ms"], strict=False))
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:

@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 COLD_BYTES = 256 << 20  # several times the L2 of any GPU so far
-LEAST_ROUNDS, MOST_ROUNDS = 3, 30
+LEAST_ROUNDS, MOST_ROUNDS = 5, 30
 MIB = 1 << 20
 
 Call = Callable[[], Any]
@@ -243,10 +243,11 @@ def checked(contender: Contender, clock: Clock, budget: Budget, row: Row) -> tup
 
 
 def summary(times: list[float], repeat: int = 1) -> Row:
-    """Of milliseconds: the median, the lowest, the distance of the quartiles."""
+    """Of milliseconds: the median, the lowest, the distance of the quartiles; and each turn."""
     low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
     figures = {"ms": statistics.median(times), "lowest_ms": min(times), "spread_ms": high - low}
-    return {name: value / repeat for name, value in figures.items()} | {"rounds": len(times)}
+    scaled = {name: value / repeat for name, value in figures.items()}
+    return scaled | {"rounds": len(times), "turns_ms": [ms / repeat for ms in times]}
 
 
 def one_line(error: Exception) -> str:
