@@ -16,12 +16,14 @@ def tensors(result: Any) -> list[Tensor]:
 
 
 def relative_error(result: Any, truth: Sequence[Tensor]) -> float:
-    """The worst row's ||out - truth|| / ||truth|| of the first results; NaN if anything is NaN."""
-    return worst(error_of(out, exact) for out, exact in zip(tensors(result), truth, strict=False))
+    """The worst row's ||out - truth|| / ||truth||; NaN if anything is NaN."""
+    return worst(error_of(out, exact) for out, exact in zip(tensors(result), truth, strict=True))
 
 
 def error_by_name(result: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
-    """The same over the results of these names."""
+    """The same over the results of these names, which are those of the truth or its first alone."""
+    names = list(truth)
+    assert list(result) in (names[:1], names), f"{list(result)} instead of {names}"
     return worst(error_of(out, truth[name]) for name, out in result.items())
 
 

@@ -46,6 +46,8 @@ def run(options: argparse.Namespace) -> None:
     faults = runner.broken(options.device)
     if faults:
         sys.exit("\n".join(["bench: this build gives wrong results and is not measured:", *faults]))
+    torch.set_num_threads(max(options.threads))
+    results.machine()
     rows: list[Row] = []
 
     def report(section: list[Row]) -> None:

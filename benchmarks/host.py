@@ -27,8 +27,10 @@ def products(inputs: Inputs) -> Call:
     """The router's product and the experts' on the rows they serve."""
     gemms, logits = limits.Gemms(inputs), torch.empty_like(inputs.logits, dtype=inputs.dtype)
 
+    router = inputs.router.t()
+
     def call() -> None:
-        torch.mm(inputs.x, inputs.router.t(), out=logits)
+        torch.mm(inputs.x, router, out=logits)
         gemms.forward()
 
     return call

@@ -32,25 +32,36 @@ class Gemms:
         self.out, self.grad_x = torch.empty_like(self.x), torch.empty_like(self.x)
         self.z, self.grad_hidden = torch.empty_like(self.grad_z), torch.empty_like(self.hidden)
 
+        # (out, a, b) as views made beforehand, by layer and direction
+        self.first = [(self.z[r], self.x[r], self.w1[e]) for e, r in self.groups]
+        self.second = [(self.out[r], self.hidden[r], self.w2[e]) for e, r in self.groups]
+        self.second_backward = [
+            *((self.grad_hidden[r], self.grad_out[r], self.w2[e].t()) for e, r in self.groups),
+            *((self.grad_w2[e], self.hidden[r].t(), self.grad_out[r]) for e, r in self.groups),
+        ]
+        self.first_backward = [
+            *((self.grad_w1[e], self.x[r].t(), self.grad_z[r]) for e, r in self.groups),
+            *((self.grad_x[r], self.grad_z[r], self.w1[e].t()) for e, r in self.groups),
+        ]
+
     def forward(self) -> None:
-        for e, rows in self.groups:
-            torch.mm(self.x[rows], self.w1[e], out=self.z[rows])
-            torch.mm(self.hidden[rows], self.w2[e], out=self.out[rows])
+        multiply(self.first)
+        multiply(self.second)
 
     def forward_backward(self) -> None:
         self.forward()
-        for e, rows in self.groups:
-            torch.mm(self.grad_out[rows], self.w2[e].t(), out=self.grad_hidden[rows])
-            torch.mm(self.hidden[rows].t(), self.grad_out[rows], out=self.grad_w2[e])
-            torch.mm(self.x[rows].t(), self.grad_z[rows], out=self.grad_w1[e])
-            torch.mm(self.grad_z[rows], self.w1[e].t(), out=self.grad_x[rows])
+        multiply(self.second_backward)
+        multiply(self.first_backward)
 
     def first_layer(self, backward: bool) -> None:
-        for e, rows in self.groups:
-            torch.mm(self.x[rows], self.w1[e], out=self.z[rows])
-            if backward:
-                torch.mm(self.x[rows].t(), self.grad_z[rows], out=self.grad_w1[e])
-                torch.mm(self.grad_z[rows], self.w1[e].t(), out=self.grad_x[rows])
+        multiply(self.first)
+        if backward:
+            multiply(self.first_backward)
+
+
+def multiply(products: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    for out, a, b in products:
+        torch.mm(a, b, out=out)
 
 
 def copy(nbytes: float, device: str) -> Callable[[], Tensor]:

@@ -30,14 +30,17 @@ def sections(inputs: Inputs) -> Iterator[Section]:
 def contenders(config: WideNetConfig, images: int, inputs: Inputs) -> list[Contender]:
     flops = counts.model_flops(config, images)
     truth = functools.cache(lambda: [Step(config, images, inputs, "reference")()])
-    made = functools.partial(Contender, flops=flops, work=flops)
+    products = 3 * config.num_layers * counts.layer_flops(inputs.case, inputs.served)
+    alone = functools.partial(experts_alone, config, inputs)
     return [
-        made(limits.GEMMS, "limit", functools.partial(experts_alone, config, inputs)),
-        made(
+        Contender(limits.GEMMS, "limit", alone, flops=products, work=products),
+        Contender(
             OURS, "ours", functools.partial(Step, config, images, inputs, None),
-            lambda loss: relative_error(loss, truth()),
+            lambda loss: relative_error(loss, truth()), flops=flops,
         ),
-        made("plain torch", "peer", functools.partial(Step, config, images, inputs, "reference")),
+        Contender(
+            "plain torch", "peer", functools.partial(Step, config, images, inputs, "reference"), flops=flops, work=flops
+        ),
     ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The rows of a run: completed by what they are compared with, printed as a table, written as JSON."""
 
 import datetime
+import functools
 import itertools
 import json
 import os
@@ -87,7 +88,9 @@ def ratio(part: float | None, whole: float | None) -> float | None:
 # ------------------------------------------------------------------------------------------------------------ files
 
 
+@functools.cache
 def machine() -> dict[str, Any]:
+    """Asked once, before anything is measured: what is committed meanwhile did not run."""
     gpu = torch.cuda.is_available()
     return {
         "cpu": cpu_name(),
@@ -121,7 +124,8 @@ def version(package: str) -> str | None:
 def commit() -> str | None:
     """Of the checkout that this file stands in; WIDENET_COMMIT names it where there is no .git."""
     root = Path(__file__).parents[1]
-    here = said("git", "-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
+    describe = ("git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    here = said(*describe) if (root / ".git").exists() else None
     return os.environ.get("WIDENET_COMMIT") or here
 
 

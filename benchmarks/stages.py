@@ -184,18 +184,19 @@ def contenders(name: str, stage: Stage, inputs: Inputs, both: bool) -> list[Cont
         Contender(limits.LAUNCH, "limit", functools.partial(limits.empty_call, inputs.device)),
         limit(stage, inputs, flops, nbytes, both),
     ]
-    counted: dict[str, Any] = {"flops": flops, "nbytes": nbytes, "work": flops or 0.0}
+    counted: dict[str, Any] = {"flops": flops, "nbytes": nbytes}
     backends = wk.available_backends(OPS[name], inputs.device, inputs.dtype)
     for backend in backends:
         build = functools.partial(of, backend)
         if backend == "reference":
-            found.append(Contender("plain torch", "peer", build, **counted))
+            found.append(Contender("plain torch", "peer", build, work=flops or 0.0, **counted))
         else:
             contender = OURS if backend == backends[0] else f"{OURS}, {backend}"
             found.append(Contender(contender, "ours", build, lambda result: relative_error(result, truth()), **counted))
     for peer, (call, rows) in {} if both else stage.peers.items():
         build = functools.partial(torch.no_grad(), call)
-        found.append(Contender(peer, "peer", build, functools.partial(error_in_rows, truth, rows), **counted))
+        error = functools.partial(error_in_rows, truth, rows)
+        found.append(Contender(peer, "peer", build, error, work=flops or 0.0, **counted))
     return found
 
 

@@ -39,7 +39,7 @@ def line(ours: Row, rows: list[Row]) -> str:
         ours["shape"],
         ours["dtype"],
         ours["pass"],
-        f"{number(ours['ms'])} ms ± {number(ours['spread_ms'])}",
+        f"{number(ours['ms'])} ms ± {number(ours['spread_ms'] / 2)}",
         "-" if ours["tflops"] is None else number(ours["tflops"] * 1e3),
         ours["limit"] or "-",
         number(ours["share_of_limit"]),

@@ -9,6 +9,7 @@ import widenet_kernels as wk
 from widenet_kernels.routing import ACTIVATIONS
 from widenet_kernels.testing import inputs
 from widenet_kernels.testing.numerics import (
+    assert_as_good_as,
     assert_float64,
     assert_gradcheck,
     assert_op_as_good_as,
@@ -159,6 +160,20 @@ def test_weight_layouts(layout, activation, device, backend):
     plain = value_and_grads(op(plan, activation, backend), {**case, "weight": case["weight"].contiguous()})
     for name in ours:
         assert_float64(ours[name], plain[name], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weight_layouts_in_other_dtypes(layout, dtype, device, backend):
+    """Whose products may be those of another GEMM than float64's."""
+    plan = inputs.make_plan(inputs.ODD, device=device)
+    case = make_case(inputs.ODD, "gelu", dtype, device)
+    case["weight"] = LAYOUTS[layout](case["weight"])
+    ours = value_and_grads(op(plan, "gelu", backend), case)
+    plain = value_and_grads(op(plan, "gelu", "reference"), {**case, "weight": case["weight"].contiguous()})
+    exact = value_and_grads(op(plan, "gelu", "reference"), {name: t.double() for name, t in case.items()})
+    for name in ours:
+        assert_as_good_as(ours[name], plain[name], exact[name], name)
 
 
 def test_expanded_bias_strided_rows_and_expanded_gradient(device, backend):

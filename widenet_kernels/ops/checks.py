@@ -37,7 +37,7 @@ def check_tensor(op: str, argument: str, tensor: Any, shape: tuple[int | None, .
         return
     if len(sizes) != len(shape):
         raise invalid(op, argument, f"a tensor {letters}", describe(tensor))
-    for have, want in zip(sizes, shape):  # noqa: B905  # as long as each other
+    for have, want in zip(sizes, shape, strict=True):
         if want is not None and have != want:
             expected = ", ".join("any" if size is None else str(size) for size in shape)
             raise invalid(op, argument, f"{letters} = [{expected}]", describe(tensor))

@@ -130,12 +130,15 @@ def ops_for(
     op: str, backend: str | None, tensor: Tensor, dtype: torch.dtype = torch.float32, num_experts: int = 1
 ) -> Any:
     """The namespace whose kernels serve this call; an explicit backend never falls through to another."""
-    call = op, backend, tensor.device, dtype, max(num_experts, native.MOST_EXPERTS_ON_GPU)
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{op}: backend: expected None, 'native', 'triton' or 'reference', got {backend!r}")
+    few_or_more = max(num_experts, native.MOST_EXPERTS_ON_GPU)  # up to so many, the number decides nothing
+    key = op, backend, tensor.device, dtype, few_or_more
     if torch.compiler.is_compiling():
-        return _choose(*call)
-    ops = _chosen.get(call)
+        return _choose(*key)
+    ops = _chosen.get(key)
     if ops is None:
-        ops = _chosen[call] = _choose(*call)
+        ops = _chosen[key] = _choose(*key)
     return ops
 
 
@@ -145,8 +148,6 @@ _chosen: dict[tuple, Any] = {}  # what serves a call does not change while Pytho
 def _choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype, num_experts: int) -> Any:
     if backend is None:
         backend = next(name for name in _ranked(device) if why_not(name, op, device, dtype, num_experts) is None)
-    elif backend not in BACKENDS:
-        raise ValueError(f"{op}: backend: expected None, 'native', 'triton' or 'reference', got {backend!r}")
     else:
         reason = why_not(backend, op, device, dtype, num_experts)
         if reason is not None:
