@@ -31,7 +31,7 @@ def test_rows(results, tmp_path):
         "shape": "wide-1000",
         "dtype": "fp32",
         "pass": "forward",
-        "ours": "100 ms ± 2.00",
+        "ours": "100 ms ± 1.00",
         "GFLOP/s": "1.60",
         "limit": "gemms",
         "of its speed": "0.800",
@@ -53,7 +53,7 @@ def test_what_was_not_measured_is_a_dash(tmp_path):
     content["rows"] = [invented.row("layer", "ours", 3.0)]
     results = reading.load(invented.written(tmp_path / "result.json", content))
     *_, line = table.render(results, tmp_path).splitlines()
-    assert cells(line)[3:] == ["3.00 ms ± 0.0600", "-", "-", "-", "-", "-", "-"]
+    assert cells(line)[3:] == ["3.00 ms ± 0.0300", "-", "-", "-", "-", "-", "-"]
 
 
 def test_pictures_beside_the_file_are_shown(results, tmp_path):
