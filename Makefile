@@ -22,7 +22,7 @@ test: $(VENV)/installed  ## the whole test suite, sanitizers included; then the 
 report: $(VENV)/installed  ## the Triton kernels compiled for every target: registers, shared memory, tensor cores
 	$(BIN)/python -m widenet_kernels.triton.report
 
-bench: $(VENV)/installed  ## the layer and its stages against peers and the physical limit, in about five minutes
+bench: $(VENV)/installed  ## the layer and its stages against peers and the physical limit, in under ten minutes
 	$(BIN)/python -m widenet_kernels bench
 
 lint: $(VENV)/installed
