@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import sys
 
 import pytest
 
@@ -15,6 +16,7 @@ ALLOWED = {
     "ops": {"routing", "reference", "triton"},
     "nn": {"ops", "routing"},
     "models": {"nn"},
+    "training": set(),
     "integrations": {"models", "nn", "ops"},
     "testing": {"routing", "reference", "ops"},
 }
@@ -64,6 +66,10 @@ def test_imports(path):
         assert other != "triton" or part == "triton" or not at_top, f"{where} at its top: Triton is imported when used"
 
 
-def test_routing_imports_torch_alone():
-    modules = {module.partition(".")[0] for module, _, _ in imports(ast.parse((PACKAGE / "routing.py").read_text()))}
-    assert modules <= {"torch", "math", "typing"}
+@pytest.mark.parametrize("part", ["routing", "training"])
+def test_imports_torch_alone(part):
+    """Beside the standard library; of the package nothing but itself, by the table."""
+    paths = [path for path in FILES if path.relative_to(PACKAGE).parts[0].removesuffix(".py") == part]
+    modules = {module.partition(".")[0] for path in paths for module, _, _ in imports(ast.parse(path.read_text()))}
+    assert modules - sys.stdlib_module_names <= {"torch", "widenet_kernels"}
+    assert "torch" in modules
