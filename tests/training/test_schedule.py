@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from widenet_kernels.training import warmup_decay
+from widenet_kernels.training import Lamb, warmup_decay
 
 
 def rates(steps: int, lrs: tuple[float, ...] = (1.0,), **options: object) -> list[list[float]]:
@@ -57,6 +57,18 @@ def test_groups_keep_their_ratio() -> None:
     one, other = rates(9, lrs=(0.01, 0.03), warmup_steps=4, total_steps=8)
     assert other == pytest.approx([3 * lr for lr in one], abs=1e-15)
     assert max(one) == 0.01
+
+
+def test_learning_rate_in_a_tensor_is_changed_in_place() -> None:
+    """As a CUDA graph that holds the optimizer's step needs it."""
+    lr = torch.tensor(1.0)
+    optimizer = Lamb([nn.Parameter(torch.zeros(1))], lr=lr)
+    schedule = warmup_decay(optimizer, 4, 8)
+    for expected in (0.0, 0.25, 0.5):
+        assert optimizer.param_groups[0]["lr"] is lr
+        assert lr.item() == expected
+        optimizer.step()
+        schedule.step()
 
 
 def test_that_of_the_authors_code() -> None:
