@@ -119,7 +119,8 @@ def test_one_step_by_hand() -> None:
 def test_defaults_are_those_of_the_paper() -> None:
     (group,) = Lamb(parameters([(2,)], torch.float32), lr=0.01).param_groups
     del group["params"]
-    assert group == {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": 1.0}
+    recipe = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": 1.0}
+    assert group == recipe | {"parts": 1}
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.99999), (0.0, 0.999), (0.0, 0.0)])
@@ -132,6 +133,24 @@ def test_first_step_in_fp32_is_as_exact_as_fp32(betas: tuple[float, float]) -> N
     optimizer.step()
     literal.step([[weight.grad.double().numpy()]])
     np.testing.assert_allclose(weight.detach().numpy(), literal.weights[0][0], rtol=3e-7)
+
+
+def test_parts_of_a_parameter_are_as_parameters_of_their_own() -> None:
+    """Here a weight and a bias of three, of very different sizes; beside them one that is not cut."""
+    whole = parameters([(6, 2), (3,), (6,)], torch.float64)
+    with torch.no_grad():
+        for weight in whole:
+            weight.mul_(torch.logspace(-2, 2, len(weight)).view(-1, *[1] * (weight.dim() - 1)))
+    parts = [[nn.Parameter(part.clone()) for part in weight.detach().chunk(3)] for weight in whole[:2]]
+    optimizer = Lamb([{"params": whole[:2], "parts": 3}, {"params": whole[2:]}], lr=0.1)
+    literal = LiteralLamb([*parts, whole[2:]], [optimizer.param_groups[0]] * 3, clip=1.0)
+    for _ in range(3):
+        grads = set_grads([whole])[0]
+        optimizer.step()
+        literal.step([np.split(grads[0], 3), np.split(grads[1], 3), grads[2:]])
+    expected = [[np.concatenate(literal.weights[i]) for i in range(2)] + literal.weights[2]]
+    literal.weights = expected
+    assert_equals_literal([whole], literal, 1e-12)
 
 
 def test_norms_of_zero_give_a_trust_ratio_of_one() -> None:
@@ -345,6 +364,13 @@ def test_group_with_a_clipping_norm_of_its_own() -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         optimizer.add_param_group({"params": parameters([(2,)], torch.float32), "max_grad_norm": 2.0})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("parts", [0, 4, 6])
+def test_parts_that_parameters_cannot_be_cut_into(parts: int) -> None:
+    message = f"Lamb: parts: expected a divisor of the parameters' first dimensions [6, 3], got {parts}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Lamb([{"params": parameters([(6, 2), (3,)], torch.float32), "parts": parts}], lr=0.1)
 
 
 def test_sparse_and_complex_gradients_are_refused_before_anything_changes() -> None:

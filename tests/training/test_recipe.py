@@ -1,7 +1,10 @@
 """The parts together, as the paper trains: mixup and label smoothing in the loss, LAMB on its schedule."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -47,10 +50,31 @@ def test_label_smoothing_is_over_all_classes_whatever_was_mixed() -> None:
     torch.testing.assert_close(output.loss.item(), loss, rtol=1e-12, atol=0)
 
 
-def test_tiny_widenet_learns_by_the_recipe() -> None:
+def layer_by_layer(model: WideNetForImageClassification) -> list[dict[str, Any]]:
+    """As the docstring of Lamb has it."""
+    experts, qkv = model.encoder.ffn.experts, model.encoder.attention.qkv
+    joined = {*experts.parameters(), *qkv.parameters()}
+    rest = [weight for weight in model.parameters() if weight not in joined]
+    return [
+        {"params": experts.parameters(), "parts": experts.num_experts},
+        {"params": qkv.parameters(), "parts": 3},
+        {"params": rest},
+    ]
+
+
+def test_layers_of_a_widenet() -> None:
+    """4 experts of 4 tensors, 3 projections of 2; besides stem 3, attention's output 2, router 1, norms 10, head 4."""
+    model = tiny()
+    groups = Lamb(layer_by_layer(model), lr=0.01).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert [group["parts"] * len(group["params"]) for group in groups] == [4 * 4, 3 * 2, 20]
+
+
+@pytest.mark.parametrize("groups", [WideNetForImageClassification.parameters, layer_by_layer], ids=["whole", "layers"])
+def test_tiny_widenet_learns_by_the_recipe(groups: Callable[[WideNetForImageClassification], Any]) -> None:
     steps = 60
     model = tiny()
-    optimizer = Lamb(model.parameters(), lr=0.03)
+    optimizer = Lamb(groups(model), lr=0.03)
     schedule = warmup_decay(optimizer, steps // 10, steps)
     held_out, classes = samples(200)
 

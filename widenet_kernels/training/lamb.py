@@ -25,14 +25,25 @@ class Lamb(Optimizer):
         w = w - lr * (|w| / |u|) * u            # |w| / |u| is the trust ratio; 1 where one of the norms is 0
 
     No parameter is exempt from decay or from the trust ratio; a group of parameters may set ``lr``, ``betas``, ``eps``
-    and ``weight_decay`` for itself.
+    and ``weight_decay`` for itself, and ``parts``: into how many layers each of its parameters is cut along the first
+    dimension, for |w| and |u| are those of one layer (by default 1: a parameter is a layer). In the authors' code every
+    expert and each of the three projections of attention is one, which for a WideNet in this package means
+
+        experts, qkv = model.encoder.ffn.experts, model.encoder.attention.qkv
+        joined = {*experts.parameters(), *qkv.parameters()}
+        rest = [weight for weight in model.parameters() if weight not in joined]
+        groups = [
+            {"params": experts.parameters(), "parts": experts.num_experts},
+            {"params": qkv.parameters(), "parts": 3},
+            {"params": rest},
+        ]
 
     m and v are kept and u is made in fp32, in fp64 for fp64 parameters. A bf16 or fp16 parameter is rounded once a
     step, which loses what is below its last digit: keep fp32 parameters under autocast where that matters.
 
     A step reads nothing back from the device, so it can be captured in a CUDA graph once the first one has made the
     state; a schedule then needs ``lr`` as a tensor. It copies the gradients in order to clip them: ``grad`` stays as
-    it is. Parameters without one are left alone. A gradient that is not finite makes the parameters NaN.
+    it is. Parameters without one are left alone. Values that are not finite are not caught: they make parameters NaN.
 
     Args:
         params: parameters, or groups of them.
@@ -44,7 +55,8 @@ class Lamb(Optimizer):
             no clipping. They may lie on several devices.
 
     Raises:
-        ValueError: for numbers out of range, and for a group with a ``max_grad_norm`` of its own.
+        ValueError: for numbers out of range, and for a group with a ``max_grad_norm`` of its own or with ``parts`` that
+            its parameters cannot be cut into.
         TypeError: in a step, for gradients that are sparse or complex; nothing has changed then.
     """
 
@@ -58,7 +70,7 @@ class Lamb(Optimizer):
         max_grad_norm: float | None = 1.0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, "parts": 1})
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
@@ -89,20 +101,22 @@ class Lamb(Optimizer):
             self._update(group, batch, scale)
         return loss
 
-    def _update(self, group: Group, weights: list[Tensor], scale: Tensor | None) -> None:
+    def _update(self, group: Group, weights: Tensors, scale: Tensor | None) -> None:
         """The step of ``weights``, which have one device and one dtype."""
         states = [self._state_of(weight) for weight in weights]
-        steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
-        wide_weights, grads = [widened(weight) for weight in weights], wide_grads(weights)
+        steps, *moments = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+        torch._foreach_add_(steps, 1)
+        count = torch.stack(steps).repeat_interleave(group["parts"])  # [layers], as are corrections, norms and ratios
+        layers = (cut(tensors, group["parts"]) for tensors in (weights, wide_grads(weights), *moments))
+        weights, grads, means, squares = layers
+        wide_weights = [widened(weight) for weight in weights]
         if scale is not None:
             grads = torch._foreach_mul(grads, scale.to(grads[0]))
         beta1, beta2 = group["betas"]
-        torch._foreach_add_(steps, 1)
         torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
 
-        count = torch.stack(steps)  # [number of weights], as are the corrections, norms and ratios
         divisors = torch._foreach_div(squares, bias_correction(beta2, count).unbind())
         torch._foreach_sqrt_(divisors)
         torch._foreach_add_(divisors, group["eps"])
@@ -136,6 +150,10 @@ def check_group(group: Group, max_grad_norm: float | None) -> None:
             refuse(name, "a finite number >= 0")
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
         refuse("betas", "two numbers, each at least 0 and below 1")
+    if group["parts"] != 1:
+        lengths = [weight.shape[0] if weight.dim() else 1 for weight in group["params"]]
+        if group["parts"] < 1 or any(length % group["parts"] for length in lengths):
+            refuse("parts", f"a divisor of the parameters' first dimensions {lengths}")
     if group["max_grad_norm"] != max_grad_norm:
         refuse("max_grad_norm", f"{max_grad_norm}, one for all groups")
     if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
@@ -161,6 +179,10 @@ def alike(weights: Iterable[Tensor]) -> list[list[Tensor]]:
     return list(batches.values())
 
 
+def cut(tensors: Tensors, parts: int) -> Tensors:
+    return tensors if parts == 1 else [part for tensor in tensors for part in tensor.tensor_split(parts)]
+
+
 def wide_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
@@ -169,11 +191,11 @@ def widened(weight: Tensor) -> Tensor:
     return weight.to(wide_dtype(weight))
 
 
-def wide_grads(weights: Iterable[Tensor]) -> Tensors:
+def wide_grads(weights: Tensors) -> Tensors:
     return [weight.grad.to(wide_dtype(weight)) for weight in weights]  # type: ignore[union-attr]
 
 
-def clip_scale(weights: list[Tensor], max_grad_norm: float | None) -> Tensor | None:
+def clip_scale(weights: Tensors, max_grad_norm: float | None) -> Tensor | None:
     """What to multiply every gradient with, exactly 1 where their norm is at most ``max_grad_norm``."""
     if max_grad_norm is None or not weights:
         return None
