@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from widenet_kernels.nn import Experts, MoEAux, MoELayer, TopKRouter, load_balance_loss, router_z_loss
+from widenet_kernels.nn import Experts, MoEAux, MoELayer, MoERouting, TopKRouter, load_balance_loss, router_z_loss
 from widenet_kernels.ops.combine import combine
 from widenet_kernels.ops.gate import topk_gate
 from widenet_kernels.ops.grouped_gemm import grouped_gemm
@@ -23,6 +23,7 @@ __all__ = [
     "GradBuffers",
     "MoEAux",
     "MoELayer",
+    "MoERouting",
     "RoutingPlan",
     "TopKRouter",
     "available_backends",

@@ -267,3 +267,30 @@ def test_meta_device():
     y, aux = layer(torch.randn(2, 3, 8, device="meta"))
     assert y.shape == (2, 3, 8)
     assert aux.expert_count.shape == (4,)
+
+
+def test_a_routing_serves_more_than_once(device, backend):
+    """route and then forward is forward; other tokens go the ways of the first, with their weights."""
+    layer = make(device, backend, capacity_factor=0.8)
+    x, other = (inputs.normal(3, 7, 8, seed=seed, dtype=torch.float64, device=device) for seed in (3, 4))
+    mask = inputs.make_mask(21, device=device).view(3, 7)
+    y, aux = layer(x, mask)
+    routing = layer.route(x, mask)
+    again, same = layer(x, routing=routing)
+    assert_same_bits(again, y)
+    for one, two in zip(same, aux, strict=True):
+        assert_same_bits(one, two)
+    z, kept = layer(other, routing=routing)
+    assert kept is routing.aux
+    assert_same_bits(z.view(21, 8), layer.experts(other.view(21, 8), routing.weight, routing.plan, backend=backend))
+    assert not z[~mask].any()
+
+
+def test_errors_of_a_routing():
+    layer = make("cpu", None)
+    x = torch.zeros(3, 7, 8, dtype=torch.float64)
+    routing = layer.route(x)
+    with pytest.raises(ValueError, match="MoELayer: mask: expected None with a routing"):
+        layer(x, torch.ones(3, 7, dtype=torch.bool), routing=routing)
+    with pytest.raises(ValueError, match=r"^moe_ffn: .*got \[20, 8\]|^moe_ffn: .*20"):
+        layer(x.view(21, 8)[1:], routing=routing)

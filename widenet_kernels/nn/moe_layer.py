@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from widenet_kernels.nn.experts import Experts
 from widenet_kernels.nn.losses import load_balance_loss, router_z_loss
 from widenet_kernels.nn.router import TopKRouter
-from widenet_kernels.routing import GATED, expert_capacity
+from widenet_kernels.routing import GATED, RoutingPlan, expert_capacity
 
 
 class MoEAux(NamedTuple):
@@ -19,6 +19,14 @@ class MoEAux(NamedTuple):
     dropped_share: Tensor  # scalar: the share of the choices that found their expert full
     expert_demand: Tensor  # [E] int32: choices that asked
     expert_count: Tensor  # [E] int32: choices served
+
+
+class MoERouting(NamedTuple):
+    """One routing of T tokens, from :meth:`MoELayer.route`; the layer may serve it more than once."""
+
+    weight: Tensor  # [T, K]: how much each choice counts, differentiable
+    plan: RoutingPlan
+    aux: MoEAux
 
 
 class MoELayer(nn.Module):
@@ -82,11 +90,24 @@ class MoELayer(nn.Module):
             return None
         return expert_capacity(num_tokens, self.router.num_experts, self.router.k, factor)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, MoEAux]:
-        """x [..., D], mask [...] bool (False: takes no part, its y is 0) -> y [..., D] and the routing's aux."""
-        if x.dim() == 0 or x.shape[-1] != self.router.dim:
-            raise ValueError(f"MoELayer: x: expected [..., {self.router.dim}], got {list(x.shape)}")
-        tokens = x.reshape(-1, x.shape[-1])
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, routing: MoERouting | None = None
+    ) -> tuple[Tensor, MoEAux]:
+        """x [..., D], mask [...] bool (False: takes no part, its y is 0) -> y [..., D] and the routing's aux.
+
+        With a ``routing`` of as many tokens, from :meth:`route`, the tokens go the ways they went there, with the gate
+        weights they had there; the mask is then the one it was made with.
+        """
+        if routing is None:
+            routing = self.route(x, mask)
+        elif mask is not None:
+            raise ValueError("MoELayer: mask: expected None with a routing, which was made with a mask or without")
+        y = self.experts(self._tokens(x), routing.weight, routing.plan, backend=self.backend)
+        return y.view(x.shape), routing.aux
+
+    def route(self, x: Tensor, mask: Tensor | None = None) -> MoERouting:
+        """Where the tokens x [..., D] go, without going there; mask as in :meth:`forward`."""
+        tokens = self._tokens(x)
         if mask is not None:
             if mask.shape != x.shape[:-1]:
                 raise ValueError(f"MoELayer: mask: expected {list(x.shape[:-1])}, got {list(mask.shape)}")
@@ -94,7 +115,6 @@ class MoELayer(nn.Module):
         gate, plan, logits = self.router(
             tokens, self.capacity(tokens.shape[0]), priority=self.priority, mask=mask, backend=self.backend
         )
-        y = self.experts(tokens, gate.weight, plan, backend=self.backend)
         served = plan.expert_count.sum() / plan.expert_demand.sum().clamp(min=1)
         aux = MoEAux(
             load_balance_loss(gate.probs, plan, mask),
@@ -103,7 +123,13 @@ class MoELayer(nn.Module):
             plan.expert_demand,
             plan.expert_count,
         )
-        return y.view(x.shape), aux
+        return MoERouting(gate.weight, plan, aux)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [T, D]."""
+        if x.dim() == 0 or x.shape[-1] != self.router.dim:
+            raise ValueError(f"MoELayer: x: expected [..., {self.router.dim}], got {list(x.shape)}")
+        return x.reshape(-1, x.shape[-1])
 
     def extra_repr(self) -> str:
         return (
