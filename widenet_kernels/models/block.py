@@ -1,26 +1,33 @@
-"""The body of every WideNet: attention and experts that all blocks share, LayerNorms that each block has for itself.
+"""The body of every network here: blocks of attention and experts, and what the blocks share.
 
-(Xue et al. 2021, arXiv 2107.11817, section 2 and eq. 6 to 8.) N images or texts, L positions, D model dim.
+In a WideNet they share attention, router and experts, and each has its own LayerNorms (Xue et al. 2021, arXiv
+2107.11817, section 2 and eq. 6 to 8). N images or texts, L positions, D model dim.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from widenet_kernels.models.config import WideNetConfig
-from widenet_kernels.nn import Experts, MoEAux, MoELayer
+from widenet_kernels.models.config import EncoderConfig
+from widenet_kernels.nn import Experts, MoEAux, MoELayer, MoERouting
 
 FFN_BIAS_STD = 1e-6  # as in the authors' code
 
 
 class WideNetOutput(NamedTuple):
-    """What a WideNet returns."""
+    """What a WideNet that classifies returns."""
 
     loss: Tensor | None  # scalar: main loss + aux_loss_weight * aux_loss; None without labels
     logits: Tensor  # [N, classes]
-    aux_loss: Tensor  # scalar: the unweighted sum of the balance losses over the depths; 0 for a dense network
-    routing: tuple[MoEAux, ...]  # one per depth; empty for a dense network
+    aux_loss: Tensor  # scalar: the unweighted sum of the balance losses over the routings; 0 for a dense network
+    routing: tuple[MoEAux, ...]  # one per block with experts (the blocks of a group have the same); empty when dense
+
+
+def widened(logits: Tensor) -> Tensor:
+    """In fp32 or wider, where every loss is computed."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def init_glorot(layer: nn.Linear | nn.Conv2d, parts: int = 1, bias_std: float = 0.0) -> None:
@@ -33,19 +40,25 @@ def init_glorot(layer: nn.Linear | nn.Conv2d, parts: int = 1, bias_std: float = 
 class Attention(nn.Module):
     """Multi-head self-attention, every projection with a bias."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.dropout = num_heads, dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         init_glorot(self.qkv, parts=3)
         init_glorot(self.out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, L, D] -> [N, L, D]."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [N, L, D], mask [N, L] bool (False: nobody attends to it) -> [N, L, D]."""
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [N, L, 3, H, D/H]
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # [N, H, L, D/H] each
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if mask is None else mask[:, None, None, :],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -60,8 +73,8 @@ class DenseFFN(nn.Module):
         for layer in (self.linear1, self.linear2):
             init_glorot(layer, bias_std=FFN_BIAS_STD)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """x [..., D] -> y [..., D] and nothing to say about routing."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
+        """x [..., D] -> y [..., D] and nothing to say about routing; every token is by itself, masked or not."""
         return self.dropout(self.linear2(self.dropout(F.gelu(self.linear1(x))))), None
 
 
@@ -79,10 +92,14 @@ class AuthorsMoELayer(MoELayer):
         return min(max(slots - 1, 0), num_tokens)
 
 
-def shared_ffn(config: WideNetConfig) -> MoELayer | DenseFFN:
-    """The feed-forward layer that all blocks share."""
-    if config.dense:
-        return DenseFFN(config.hidden_size, config.ffn_size, config.expert_dropout)
+def self_attention(config: EncoderConfig) -> Attention:
+    return Attention(config.hidden_size, config.num_heads, config.attention_dropout)
+
+
+def feed_forward(config: EncoderConfig, depth: int) -> MoELayer | DenseFFN:
+    """The feed-forward layer of the block at this depth."""
+    if depth < config.first_moe_layer:
+        return DenseFFN(config.hidden_size, config.dense_ffn_size or config.ffn_size, config.expert_dropout)
     experts = Experts(
         config.num_experts,
         config.hidden_size,
@@ -108,43 +125,90 @@ def shared_ffn(config: WideNetConfig) -> MoELayer | DenseFFN:
     )
 
 
+class OneRouting:
+    """A :class:`MoELayer` for the blocks of a group: the first call routes, those after it go the same ways."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        self.layer = layer
+        self.routing: MoERouting | None = None
+
+    def __call__(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, MoEAux]:
+        if self.routing is None:
+            self.routing = self.layer.route(x, mask)
+        return self.layer(x, routing=self.routing)
+
+
 class Block(nn.Module):
     """One depth (eq. 6 and 7): x = attention(norm(x)) + x, then x = ffn(norm(x)) + x.
 
-    The two LayerNorms are its own; attention and ffn are the network's and come with each call, so that their
-    parameters stand in the state dict once.
+    Without ``pre_norm`` the norms stand behind the sums: x = norm(attention(x) + x), then x = norm(ffn(x) + x). The two
+    LayerNorms are the block's; attention and ffn come with each call, so that where blocks share them their parameters
+    stand in the state dict once.
     """
 
-    def __init__(self, config: WideNetConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        self.pre_norm = config.pre_norm
         self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.ffn_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.attention_dropout = nn.Dropout(config.dropout)
         self.ffn_dropout = nn.Dropout(0.0 if config.authors else config.dropout)  # theirs is inside the experts
 
-    def forward(self, x: Tensor, attention: nn.Module, ffn: nn.Module) -> tuple[Tensor, MoEAux | None]:
-        """x [N, L, D] -> [N, L, D] and what the ffn says about its routing."""
-        x = self.attention_dropout(attention(self.attention_norm(x))) + x
-        y, aux = ffn(self.ffn_norm(x))
-        return self.ffn_dropout(y) + x, aux
+    def forward(
+        self, x: Tensor, attention: nn.Module, ffn: nn.Module | OneRouting, mask: Tensor | None = None
+    ) -> tuple[Tensor, MoEAux | None]:
+        """x [N, L, D], mask [N, L] bool (False: padding) -> [N, L, D] and what the ffn says about its routing."""
+        if self.pre_norm:
+            x = self.attention_dropout(attention(self.attention_norm(x), mask)) + x
+            y, aux = ffn(self.ffn_norm(x), mask)
+            return self.ffn_dropout(y) + x, aux
+        x = self.attention_norm(self.attention_dropout(attention(x, mask)) + x)
+        y, aux = ffn(x, mask)
+        return self.ffn_norm(self.ffn_dropout(y) + x), aux
 
 
 class WideNetEncoder(nn.Module):
-    """The blocks, what they share, and the final LayerNorm."""
+    """The blocks, the attention and FFN that they share or have one each of, and with pre_norm a last LayerNorm.
 
-    def __init__(self, config: WideNetConfig) -> None:
+    Blocks that share their LayerNorms are one block, used at every depth.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.attention = Attention(config.hidden_size, config.num_heads)
-        self.ffn = shared_ffn(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.num_layers, self.blocks_per_routing = config.num_layers, config.blocks_per_routing
+        depths = range(config.num_layers)
+        self.attention: nn.Module
+        self.ffn: nn.Module
+        if config.share_blocks:
+            self.attention = self_attention(config)
+            self.ffn = feed_forward(config, depth=0)
+        else:
+            self.attention = nn.ModuleList(self_attention(config) for _ in depths)
+            self.ffn = nn.ModuleList(feed_forward(config, depth) for depth in depths)
+        self.blocks = nn.ModuleList(Block(config) for _ in (range(1) if config.share_norms else depths))
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.pre_norm else nn.Identity()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[MoEAux, ...]]:
-        """x [N, L, D] -> [N, L, D], the sum of the balance losses, and one MoEAux per depth (none when dense)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, tuple[MoEAux, ...]]:
+        """x [N, L, D], mask [N, L] bool (False: padding) -> [N, L, D], the sum of the balance losses, and the routings.
+
+        There is one MoEAux per block with experts. The blocks of a group have the same one, and its loss is in the sum
+        once: T in eq. 8 counts the routing operations. Nobody attends to padding, no expert serves it and the losses
+        leave it out; what becomes of it itself means nothing. The capacity is a share of all N * L tokens all the same,
+        for how many are valid is known on the device alone.
+        """
         routing = []
-        for block in self.blocks:
-            x, aux = block(x, self.attention, self.ffn)
+        for depth in range(self.num_layers):
+            if depth % self.blocks_per_routing == 0:
+                ffn = at_depth(self.ffn, depth)
+                if self.blocks_per_routing > 1:
+                    ffn = OneRouting(ffn)
+            x, aux = self.blocks[depth % len(self.blocks)](x, at_depth(self.attention, depth), ffn, mask)
             if aux is not None:
                 routing.append(aux)
-        aux_loss = sum((aux.balance_loss for aux in routing), start=x.new_zeros(()))
-        return self.norm(x), aux_loss, tuple(routing)
+        balance_losses = (aux.balance_loss for aux in routing[:: self.blocks_per_routing])
+        return self.norm(x), sum(balance_losses, start=x.new_zeros(())), tuple(routing)
+
+
+def at_depth(part: nn.Module, depth: int) -> Any:
+    """The block's own, or the one that all blocks share."""
+    return part[depth] if isinstance(part, nn.ModuleList) else part

@@ -1,18 +1,19 @@
-"""WideNet for images: patches in, class logits out (Xue et al. 2021, arXiv 2107.11817)."""
+"""WideNet and the vision transformers it is compared with: patches in, class logits out (arXiv 2107.11817)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from widenet_kernels.models.block import WideNetEncoder, WideNetOutput, init_glorot
+from widenet_kernels.models.block import WideNetEncoder, WideNetOutput, init_glorot, widened
 from widenet_kernels.models.config import WideNetConfig
 
 
 class WideNetForImageClassification(nn.Module):
-    """Patch embedding, the shared-parameter encoder, the mean over all positions, and a classifier.
+    """Patch embedding, the encoder, the mean over all positions or the first one, and a classifier.
 
-    As in the authors' code a first position of zeros, which is not trained, stands before the patches; only its
-    position embedding tells it from them.
+    A ViT, a ViT-MoE and what lies between are configurations of it: see :class:`WideNetConfig`. As in the authors' code
+    a first position of zeros, which is not trained, stands before the patches; only its position embedding tells it
+    from them.
     """
 
     def __init__(self, config: WideNetConfig) -> None:
@@ -50,13 +51,12 @@ class WideNetForImageClassification(nn.Module):
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [N, patches, D]
         x = F.pad(patches, (0, 0, 1, 0)) + self.position_embedding  # [N, L, D], the first position of zeros
         x, aux_loss, routing = self.encoder(self.dropout(x))
-        pooled = x.mean(dim=1)
+        pooled = x.mean(dim=1) if config.pooling == "mean" else x[:, 0]
         if self.representation is not None:
             pooled = self.representation(pooled).tanh()
         logits = self.head(pooled)
         loss = None
         if labels is not None:
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            main_loss = F.cross_entropy(wide, labels, label_smoothing=config.label_smoothing)
+            main_loss = F.cross_entropy(widened(logits), labels, label_smoothing=config.label_smoothing)
             loss = main_loss + config.aux_loss_weight * aux_loss
         return WideNetOutput(loss, logits, aux_loss, routing)
