@@ -4,33 +4,12 @@ import math
 import pytest
 import torch
 from literal import literal_loss
+from tiny import STILL, TINY, away_from_the_start, samples, tiny
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from widenet_kernels import MoELayer
 from widenet_kernels.models import AuthorsMoELayer, WideNetConfig, WideNetForImageClassification
-
-TINY = {
-    "image_size": 8,
-    "patch_size": 4,
-    "num_channels": 2,
-    "hidden_size": 12,
-    "ffn_size": 20,
-    "num_layers": 3,
-    "num_heads": 2,
-    "num_classes": 5,
-}
-STILL = {"dropout": 0.0, "noise_std": 0.0}  # nothing random in training
-
-
-def tiny(seed: int = 0, **overrides: object) -> WideNetForImageClassification:
-    torch.manual_seed(seed)
-    return WideNetForImageClassification(WideNetConfig(**TINY | overrides))
-
-
-def samples(count: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(count, 2, 8, 8, generator=generator, dtype=dtype), torch.arange(count) % 5
 
 
 def num_parameters(config: WideNetConfig) -> int:
@@ -140,10 +119,7 @@ def test_where_dropout_sits(options: dict, inside: int, behind: int) -> None:
 @pytest.mark.parametrize("kernels", [None, "reference"], ids=["best", "reference"])
 def test_loss_and_gradients_against_the_literal_model(authors: bool, kernels: str | None) -> None:
     options = {"capacity_factor": 0.9, "dropout": 0.0, "label_smoothing": 0.1, "aux_loss_weight": 0.5}
-    model = tiny(**options, authors=authors, backend=kernels).double()
-    with torch.no_grad():  # away from the initial zeros and ones, which would hide a forgotten term
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    model = away_from_the_start(tiny(**options, authors=authors, backend=kernels).double())
     images, labels = samples(dtype=torch.float64)
     literal = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
 
