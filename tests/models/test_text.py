@@ -307,6 +307,20 @@ def test_training_compiles_as_one_graph(options: dict) -> None:
         torch.testing.assert_close(parameter.grad, eager[name], rtol=1e-4, atol=1e-6)
 
 
+def test_compiles_to_three_graphs_for_every_batch() -> None:
+    """As it first comes, for every length, for every length and number of texts."""
+    model = tiny_text(WideNetForMaskedLM, **STILL, num_layers=1)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for lengths, longest in (((7, 3, 6), 7), ((2, 6, 1), 6), ((8, 4), 8), ((3, 4, 2, 5, 1), 5), ((9, 1, 2, 3), 9)):
+        batch = texts(lengths, longest)
+        targets = TARGETS[WideNetForMaskedLM](batch)
+        loss = compiled(*batch, **targets).loss
+        torch.testing.assert_close(loss, model(*batch, **targets).loss)
+        loss.backward()
+    assert counter.frame_count <= 3
+
+
 def test_forward_compiles_with_the_default_compiler() -> None:
     model = tiny_text(WideNetTextModel, num_layers=1).eval()
     batch = texts()

@@ -24,14 +24,14 @@ class EncoderConfig:
         moe_layers: how many of the last blocks have experts, the others a dense FFN (ViT-MoE); None: all. Fewer than
             all need ``share_blocks=False``.
         routing_groups: the blocks fall into so many groups of consecutive ones; a group's first block routes, the
-            others use its gate weights and its plan (section 4 of the paper, "number of groups"). None: every block
-            routes. Needs the one router of ``share_blocks=True``.
+            others use its gate weights and its plan (Figure 3 of the paper). None: every block routes. Needs the one
+            router of ``share_blocks=True``.
         num_experts, k: E and the choices per token.
         capacity_factor: rows an expert may serve, as a multiple of an even share; None: dropless.
         eval_capacity_factor: the same in evaluation; None: as in training.
         priority: who is served first, "choice", "token" or "score".
         noise_std: standard deviation of the router's noise in training; None: 1/E, 0: no noise.
-        dropout: on the embedding, the attention's output and the FFN's output.
+        dropout: on the embedding, the attention's output and the FFN's output, and in front of a classifier of texts.
         attention_dropout: on the attention's weights.
         expert_dropout: behind each of the two layers of an expert or dense FFN.
         aux_loss_weight: lambda, what the sum of the balance losses counts in the loss (eq. 8).

@@ -56,8 +56,8 @@ class WideNetTextModel(nn.Module):
     """Factorised embedding, the encoder and, if wanted, a pooler.
 
     The embeddings of the word, its position and its segment are added, normalised, dropped out and mapped from
-    ``embedding_size`` to ``hidden_size``, as in ALBERT. The pooler is BERT's. GELU is the exact one throughout, as in
-    the paper of Hendrycks and Gimpel (arXiv 1606.08415); ALBERT's code has the one with tanh.
+    ``embedding_size`` to ``hidden_size``, as in ALBERT. The pooler is BERT's. GELU is the exact one, x * Phi(x)
+    (Hendrycks and Gimpel 2016, arXiv 1606.08415), where ALBERT's code approximates it with tanh.
 
     Args:
         config: ``base`` for WideNet, ``albert_base`` and ``bert_base`` for the others.
@@ -94,7 +94,7 @@ class WideNetTextModel(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.
         """
-        mask = self.padding_mask(input_ids, attention_mask)
+        mask = self._padding_mask(input_ids, attention_mask)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         else:
@@ -110,7 +110,7 @@ class WideNetTextModel(nn.Module):
         pooled = None if self.pooler is None else self.pooler(x[:, 0]).tanh()
         return WideNetTextOutput(x, pooled, aux_loss, routing)
 
-    def padding_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    def _padding_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """[N, L] bool, False at padding, after a look at both arguments; None: there is no padding."""
         check_integers(self, "input_ids", input_ids, ("any", "any"), "[N, L]")
         if not 1 <= input_ids.shape[1] <= self.config.max_positions:
