@@ -1,8 +1,9 @@
 // out = a b in float sums, for the experts' products where torch's GEMM is slow (csrc/torch/gemm.cpp says where).
 //
 // The scheme of Goto and van de Geijn (2008, ACM TOMS 34.3): a lies packed in tiles of kTileRows rows, k by k, so that
-// a tile's piece of kDepth stays in the first-level cache; the thread packs a block of b, kDepth x at most
-// kBlockColumns, which stays in its second-level cache; kTileRows x kTileColumns sums stay in registers for a piece.
+// a tile's piece of kDepth stays in the first-level cache; a block of b, kDepth x at most kBlockColumns, is packed as
+// the first tile of rows reads it, and stays in the thread's second-level cache; kTileRows x kTileColumns sums stay in
+// registers for a piece.
 // 2 M N K flops; a and b are read once and written once as floats, out is read and written once for each piece of K.
 // The pieces are the same whatever the threads do, so the bits are too.
 #include <algorithm>
@@ -52,6 +53,9 @@ void transpose(Vector* v) {
   }
 }
 
+// What the next panel will read there, to the second-level cache. A hint: at the end of a tensor nothing is accessed.
+inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+
 // Lines side by side, as many as fill panels of `width`, the last with zeros:
 // packed[panel][p][i] = from[(panel * width + i) * stride + p * depth_stride].
 template <class T>
@@ -86,7 +90,9 @@ int64_t pack_transposed(const Lines<T>& lines, float* packed) {
     for (int64_t first = 0; first < width; first += kLanes) {
       Vector square[kLanes] = {};
       for (int64_t i = 0; i < kLanes && first + i < width; ++i) {
-        square[i] = load<float>(lines.from + (first + i) * lines.stride + p);
+        const T* from = lines.from + (first + i) * lines.stride + p;
+        square[i] = load<float>(from);
+        prefetch(from + width * lines.stride);
       }
       transpose(square);
       for (int64_t i = 0; i < kLanes; ++i) std::memcpy(packed + (p + i) * width + first, &square[i], sizeof(Vector));
@@ -118,22 +124,48 @@ void pack(const Lines<T>& lines, float* packed) {
   }
 }
 
-// A tile of out, rows `stride` apart: (+)= a b over `depth`.
-__attribute__((noinline)) void multiply(int64_t depth, const float* __restrict a, const float* __restrict b,
-                                        float* __restrict out, int64_t stride, bool accumulate) {
-  Vector sums[kTileRows][2] = {};
+// Where a tile's b comes from, a pair of vectors for each p: packed, or as it lies in memory, packed on the way.
+struct Packed {
+  const float* panel;
+  void read(int64_t p, Vector& b0, Vector& b1) const {
+    b0 = load<float>(panel + p * kTileColumns);
+    b1 = load<float>(panel + p * kTileColumns + kLanes);
+  }
+};
+
+template <class T>
+struct Unpacked {
+  const T* from;
+  int64_t stride;
+  float* panel;
+  void read(int64_t p, Vector& b0, Vector& b1) const {
+    const T* row = from + p * stride;
+    for (int64_t i = 0; i < kTileColumns; i += 64 / sizeof(T)) prefetch(row + kTileColumns + i);
+    b0 = load<float>(row);
+    b1 = load<float>(row + kLanes);
+    std::memcpy(panel + p * kTileColumns, &b0, sizeof(b0));
+    std::memcpy(panel + p * kTileColumns + kLanes, &b1, sizeof(b1));
+  }
+};
+
+// A tile of out of at most most_rows rows, `stride` apart: (+)= a b over `depth`.
+template <int64_t most_rows, class B>
+__attribute__((noinline)) void multiply(int64_t depth, const float* __restrict a, const B b, float* __restrict out,
+                                        int64_t stride, bool accumulate, int64_t rows) {
+  Vector sums[most_rows][2] = {};
   for (int64_t p = 0; p < depth; ++p) {
-    const Vector b0 = load<float>(b + p * kTileColumns), b1 = load<float>(b + p * kTileColumns + kLanes);
+    Vector b0, b1;
+    b.read(p, b0, b1);
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kTileRows; ++i) {
+    for (int64_t i = 0; i < most_rows; ++i) {
       const Vector factor = a[p * kTileRows + i] - Vector{};  // in all lanes
       sums[i][0] += factor * b0;
       sums[i][1] += factor * b1;
     }
   }
 #pragma GCC unroll 16
-  for (int64_t i = 0; i < kTileRows; ++i) {
-    for (int64_t j = 0; j < 2; ++j) {
+  for (int64_t i = 0; i < most_rows; ++i) {
+    for (int64_t j = 0; j < 2 && i < rows; ++j) {
       float* place = out + i * stride + j * kLanes;
       const Vector result = accumulate ? load<float>(place) + sums[i][j] : sums[i][j];
       std::memcpy(place, &result, sizeof(result));
@@ -141,11 +173,24 @@ __attribute__((noinline)) void multiply(int64_t depth, const float* __restrict a
   }
 }
 
-// The same for a tile of fewer rows or columns.
-void multiply_edge(int64_t depth, const float* a, const float* b, float* out, int64_t stride, bool accumulate,
-                   int64_t rows, int64_t columns) {
+// As much of a tile as the rows need, by thirds.
+template <class B>
+void multiply_rows(int64_t depth, const float* a, const B b, float* out, int64_t stride, bool accumulate,
+                   int64_t rows) {
+  constexpr int64_t third = kTileRows / 3;
+  const auto form = rows > 2 * third ? multiply<kTileRows, B>
+                    : rows > third   ? multiply<2 * third, B>
+                                     : multiply<third, B>;
+  form(depth, a, b, out, stride, accumulate, rows);
+}
+
+// The same for a tile that may have fewer columns too.
+template <class B>
+void multiply_tile(int64_t depth, const float* a, const B b, float* out, int64_t stride, bool accumulate, int64_t rows,
+                   int64_t columns) {
+  if (columns >= kTileColumns) return multiply_rows(depth, a, b, out, stride, accumulate, rows);
   float tile[kTileRows * kTileColumns];
-  multiply(depth, a, b, tile, kTileColumns, false);
+  multiply_rows(depth, a, b, tile, kTileColumns, false, rows);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
       float& place = out[i * stride + j];
@@ -154,20 +199,27 @@ void multiply_edge(int64_t depth, const float* a, const float* b, float* out, in
   }
 }
 
-// A block of out, for a piece of K: the rows' tiles of a, each against all of the packed b.
-void multiply_block(const GemmArgs& args, Range rows, Range columns, Range piece, const float* packed_b) {
+// A block of out, for a piece of K: the rows' tiles of a, each against all of b. Where a row of b lies in one piece,
+// the first tile packs it as it goes; elsewhere it is packed before.
+template <class T>
+void multiply_block(const GemmArgs& args, Range rows, Range columns, Range piece, const Lines<T>& b, float* packed_b) {
   const int64_t padded = (args.m + kTileRows - 1) / kTileRows * kTileRows, depth = piece.size();
   const float* packed_a = args.packed_a + piece.begin * padded;
   const bool accumulate = args.accumulate || piece.begin > 0;
+  const int64_t on_the_way = b.stride == 1 ? columns.size() / kTileColumns * kTileColumns : 0;
+  const Lines<T> before{b.from + on_the_way * b.stride, b.count - on_the_way, b.stride, b.depth, b.depth_stride};
+  pack<kTileColumns>(before, packed_b + on_the_way * depth);
   for (int64_t i = rows.begin; i < rows.end; i += kTileRows) {
     for (int64_t j = 0; j < columns.size(); j += kTileColumns) {
-      const float *a = packed_a + i * depth, *b = packed_b + j * depth;
-      float* out = args.sums + i * args.sums_stride + columns.begin + j;
-      if (i + kTileRows <= rows.end && j + kTileColumns <= columns.size()) {
-        multiply(depth, a, b, out, args.sums_stride, accumulate);
+      float *panel = packed_b + j * depth, *out = args.sums + i * args.sums_stride + columns.begin + j;
+      const auto tile = [&](auto source) {
+        multiply_tile(depth, packed_a + i * depth, source, out, args.sums_stride, accumulate,
+                      std::min(kTileRows, rows.end - i), columns.size() - j);
+      };
+      if (i == rows.begin && j < on_the_way) {
+        tile(Unpacked<T>{b.from + j, b.depth_stride, panel});
       } else {
-        multiply_edge(depth, a, b, out, args.sums_stride, accumulate, std::min(kTileRows, rows.end - i),
-                      std::min(kTileColumns, columns.size() - j));
+        tile(Packed{panel});
       }
     }
   }
@@ -180,8 +232,8 @@ void multiply_task(const GemmArgs& args, Range rows, Range columns) {
   for (Range piece{0, 0}; piece.begin < args.k; piece.begin = piece.end) {
     piece.end = std::min(piece.begin + kDepth, args.k);
     const T* from = b + piece.begin * args.b.row_stride;
-    pack<kTileColumns>(Lines<T>{from, columns.size(), args.b.column_stride, piece.size(), args.b.row_stride}, packed_b);
-    multiply_block(args, rows, columns, piece, packed_b);
+    const Lines<T> lines{from, columns.size(), args.b.column_stride, piece.size(), args.b.row_stride};
+    multiply_block(args, rows, columns, piece, lines, packed_b);
   }
   if (!args.out) return;
   for (int64_t i = rows.begin; i < rows.end; ++i) {
