@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -26,6 +26,14 @@ def example(monkeypatch: pytest.MonkeyPatch):
     few = module.Digits(*(part[:IMAGES] for part in module.load_split()))
     monkeypatch.setattr(module, "load_split", lambda: few)
     return module
+
+
+@pytest.fixture(autouse=True)
+def heeded_interrupt() -> Iterator[None]:
+    """Ctrl-C interrupts, here and in what is started: a background job of a shell is started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupt_at(call: int, module, monkeypatch: pytest.MonkeyPatch) -> None:
