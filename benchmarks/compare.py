@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any, NamedTuple
 
-from .reading import KEY, Results, Row, key, result_file
+from .reading import KEY, Results, Row, as_argument, key, load
 
 OURS_CHANGES = {"widenet_kernels", "commit", "date"}  # of the machine's entries, what is meant to differ
 
@@ -94,8 +94,8 @@ def add_command(commands: Any) -> None:
         "the threshold and by more than the spread between quartiles in either file. The share of the limit was "
         "measured in turn with the limit, so it says more than the time where the machine is noisy.",
     )
-    parser.add_argument("old", type=result_file, metavar="OLD.json")
-    parser.add_argument("new", type=result_file, metavar="NEW.json")
+    parser.add_argument("old", type=as_argument(load), metavar="OLD.json")
+    parser.add_argument("new", type=as_argument(load), metavar="NEW.json")
     parser.add_argument("--threshold", type=float, default=0.05, help="of the old time, 0.05 if not given")
     parser.add_argument("--fail", action="store_true", help="exit with 1 if a row of ours became slower")
     parser.set_defaults(run=run)

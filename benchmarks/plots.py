@@ -1,11 +1,10 @@
 """The pictures of a result file: roofline, the layer against its peers, time by stage, scaling."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .reading import Results, at_full_width, device_name, result_file, software, timed
+from .reading import Results, as_argument, at_full_width, device_name, load, load_profile, software, timed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,10 +29,9 @@ def draw_results(results: Results, folder: Path) -> None:
             save(picture, folder / f"{results.path.stem}-{name}-{device}-{dtype}.png", caption)
 
 
-def draw_profile(path: Path, folder: Path) -> None:
+def draw_profile(path: Path, profile: dict[str, Any], folder: Path) -> None:
     from .figures import profile_bars
 
-    profile = json.loads(path.read_text())
     caption = f"{device_name(profile['machine'], profile['device'])}; {software(profile['machine'])}"
     save(profile_bars(profile), folder / f"{path.stem}.png", caption)
 
@@ -56,13 +54,14 @@ def run(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise SystemExit("bench plot: needs matplotlib: pip install matplotlib") from error
     if options.profile:
-        draw_profile(options.profile, folder)
+        draw_profile(*options.profile, folder)
 
 
 def add_command(commands: Any) -> None:
     parser = commands.add_parser("plot", help="pictures of a result file", description=__doc__)
-    parser.add_argument("results", type=result_file, metavar="FILE.json")
+    parser.add_argument("results", type=as_argument(load), metavar="FILE.json")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where they go; beside the file if not given")
     parser.add_argument("--shape", nargs="+", metavar="NAME", help="only these; every shape if not given")
-    parser.add_argument("--profile", type=Path, metavar="PROFILE.json", help="of bench profile: its stages as well")
+    about = "of bench profile: its stages as well"
+    parser.add_argument("--profile", type=as_argument(load_profile), metavar="PROFILE.json", help=about)
     parser.set_defaults(run=run)

@@ -2,13 +2,15 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 FORMAT = 1
 KEY = ("bench", "shape", "dtype", "pass", "device", "threads", "contender")  # what makes two rows the same measurement
 
 Row = dict[str, Any]
+Content = TypeVar("Content")
 
 
 class Results(NamedTuple):
@@ -19,22 +21,38 @@ class Results(NamedTuple):
 
 def load(path: Path) -> Results:
     """Raises ValueError for a file that is not a result file of this format."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    content = parsed(path)
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path}: expected a result file of format {FORMAT}, got {describe(found)}")
     return Results(path, content["machine"], content["rows"])
 
 
-def result_file(argument: str) -> Results:
-    """The type of a command's argument: what is wrong with the file is an error of the command line."""
+def parsed(path: Path) -> Any:
     try:
-        return load(Path(argument))
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+
+
+def load_profile(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Raises ValueError for a file that is none of ``bench profile``."""
+    content = parsed(path)
+    if not isinstance(content, dict) or content.get("profile") != FORMAT:
+        raise ValueError(f"{path}: expected what bench profile --json writes")
+    return path, content
+
+
+def as_argument(read: Callable[[Path], Content]) -> Callable[[str], Content]:
+    """The type of a command's argument: what is wrong with the file is an error of the command line."""
+
+    def from_command_line(argument: str) -> Content:
+        try:
+            return read(Path(argument))
+        except (OSError, ValueError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return from_command_line
 
 
 def describe(found: Any) -> str:

@@ -105,6 +105,7 @@ SUITES = {
     "gpu": ("widenet-b-256", "mixtral", "fine-grained", "widenet-b-256-zipf", "small", "decode-64"),
     "scaling": tuple(case.name for case in (*OVER_T, *OVER_C, *OVER_E)),
 }
+NAMES = (*CASES, *SUITES)
 
 
 def find(name: str) -> Case:

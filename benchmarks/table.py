@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .reading import Results, Row, at_full_width, device_name, result_file, software, timed, values
+from .reading import Results, Row, as_argument, at_full_width, device_name, load, software, timed, values
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 HEADER = ("shape", "dtype", "pass", "ours", "GFLOP/s", "limit", "of its speed", "best peer", "times as fast", "memory")
@@ -73,9 +73,14 @@ def between_markers(text: str) -> str:
 
 
 def replaced(text: str, content: str) -> str:
-    between_markers(text)  # or an error
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
+
+
+def with_markers(path: Path) -> Path:
+    """A Markdown file that has a place for the table, or ValueError."""
+    between_markers(path.read_text())
+    return path
 
 
 def run(options: argparse.Namespace) -> None:
@@ -88,8 +93,7 @@ def run(options: argparse.Namespace) -> None:
 
 def add_command(commands: Any) -> None:
     parser = commands.add_parser("table", help="the layer's Markdown table", description=__doc__)
-    parser.add_argument("results", type=result_file, metavar="FILE.json")
-    parser.add_argument(
-        "--write", type=Path, metavar="README.md", help=f"put it between {BEGIN} and {END} there instead of printing it"
-    )
+    parser.add_argument("results", type=as_argument(load), metavar="FILE.json")
+    about = f"put it between {BEGIN} and {END} there instead of printing it"
+    parser.add_argument("--write", type=as_argument(with_markers), metavar="README.md", help=about)
     parser.set_defaults(run=run)

@@ -79,10 +79,7 @@ def main() -> None:
 
         cli.add_commands(commands.add_parser("bench", help="measure the kernels against others and against the limit"))
     options = parser.parse_args()
-    try:
-        options.run(options)
-    except ValueError as error:
-        parser.error(str(error))
+    options.run(options)
 
 
 if __name__ == "__main__":

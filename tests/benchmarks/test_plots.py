@@ -134,6 +134,13 @@ def test_files(tmp_path, capsys):
     assert "not drawn" not in capsys.readouterr().out
 
 
+def test_what_is_no_profile_is_refused(tmp_path, capsys):
+    path = invented.written(tmp_path / "result.json", invented.content())
+    with pytest.raises(SystemExit):
+        invented.run(plots, "plot", path, "--profile", path)
+    assert "result.json: expected what bench profile --json writes" in capsys.readouterr().err
+
+
 def test_captions(tmp_path, monkeypatch):
     captions = []
     monkeypatch.setattr(plots, "save", lambda picture, path, caption: captions.append(caption))

@@ -4,6 +4,7 @@ import argparse
 import functools
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import widenet_kernels as wk
+from widenet_kernels.__main__ import main
 from widenet_kernels.benchmarks import cli, counts, layer, model, results, run, shapes, silent, stages, timing
 from widenet_kernels.benchmarks.shapes import Case, Inputs
 from widenet_kernels.benchmarks.timing import Budget, Clock, Contender, Unavailable, measure
@@ -267,13 +269,24 @@ def test_the_command_from_end_to_end(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "widenet-x"], "shape: expected one of widenet-b-8, .*, got 'widenet-x'"),
-        (["--bench", "gemm"], "bench: expected one of ceilings, .*, got 'gemm'"),
+        (["--shape", "widenet-x"], "argument --shape: invalid choice: 'widenet-x' .*widenet-b-8.*cpu-targets"),
+        (["--bench", "gemm"], "argument --bench: invalid choice: 'gemm' .*ceilings.*train_step"),
     ],
 )
-def test_a_wrong_name_says_what_was_expected(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_wrong_name_says_what_was_expected(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
         run_command(*arguments)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_error_inside_a_command_keeps_its_traceback(monkeypatch):
+    def fails(plan, report):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(run, "run", fails)
+    monkeypatch.setattr(sys, "argv", ["widenet_kernels", "bench", "--shape", "host", "--device", "cpu"])
+    with pytest.raises(ValueError, match="a bug"):
+        main()
 
 
 def test_the_list_names_everything(capsys):
