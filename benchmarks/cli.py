@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
     rows: list[Row] = []
 
     def report(section: list[Row]) -> None:
+        section = results.rounded(section)  # what is printed is what is written
         rows.extend(section)
         runner.Progress.write(results.table(section) + "\n")
         sys.stdout.flush()

@@ -17,10 +17,11 @@ import torch
 
 import widenet_kernels as wk
 
+from .reading import FORMAT
 from .shapes import Case
 from .timing import Contender, Row
 
-FORMAT = 1
+DIGITS = 6
 
 
 class Section(NamedTuple):
@@ -137,12 +138,26 @@ def said(*command: str) -> str | None:
     return done.stdout.strip() or None
 
 
+def rounded(value: Any) -> Any:
+    """With as many digits as a measurement has, inside too; whole numbers are counts and stay as they are."""
+    if isinstance(value, float) and not value.is_integer():
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {name: rounded(inner) for name, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, list) else value
+
+
 def write(path: Path, rows: list[Row]) -> None:
-    """Replaced whole or not at all."""
+    """A line for each row; the file is replaced whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({"format": FORMAT, "machine": machine(), "rows": rows}, indent=1) + "\n")
+    partial.write_text(as_json(machine(), rows))
     os.replace(partial, path)
+
+
+def as_json(machine: dict[str, Any], rows: list[Row]) -> str:
+    lines = ",\n".join(map(json.dumps, rows))
+    return f'{{"format": {FORMAT},\n"machine": {json.dumps(machine)},\n"rows": [\n{lines}\n]}}\n'
 
 
 # ------------------------------------------------------------------------------------------------------------ table

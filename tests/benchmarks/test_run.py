@@ -264,6 +264,15 @@ def test_the_command_from_end_to_end(tmp_path):
     assert content["machine"]["torch"] == torch.__version__
     assert {"cpu", "threads", "commit", "date", "cpu_level", "widenet_kernels"} <= set(content["machine"])
     assert results.table(content["rows"]) + "\n\n" == done.stdout  # nothing is lost in the file
+    lines = (tmp_path / "a.json").read_text().splitlines()[3:-1]
+    assert [json.loads(line.rstrip(",")) for line in lines] == content["rows"]  # one in each line
+    turns = [ms for row in content["rows"] for ms in row.get("turns_ms", ())]
+    assert turns == [float(f"{ms:.6g}") for ms in turns]
+
+
+def test_what_is_counted_is_not_rounded():
+    row = {"bytes": 536870912.0, "ms": 1.23456789, "turns_ms": [0.000123456789], "rounds": 1234567, "why": None}
+    assert results.rounded(row) == row | {"ms": 1.23457, "turns_ms": [0.000123457]}
 
 
 @pytest.mark.parametrize(
