@@ -21,6 +21,7 @@ from . import gpu_verdicts
 
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of ||out - exact|| / ||exact||
 Results = dict[str, Tensor]
+Experts = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # w1, b1, w2, b2
 Chosen = Callable[[str], str | None]  # op -> its backend
 
 
@@ -57,15 +58,14 @@ def run(case: Case, device: str, exact: bool) -> Results:
     """All results and gradients by name; ``exact``: the same inputs in float64."""
     shape, backend = case.shape, case.on(device)
 
-    def leaf(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
+    def leaf(tensor: Tensor) -> Tensor:
         tensor = tensor.double() if exact else tensor
         return tensor.to(device).requires_grad_()
 
     x = leaf(inputs.make_x(shape, dtype=case.dtype))
     weight = leaf(inputs.make_gate_weight(shape))
-    parameters = [leaf(t) for t in inputs.make_experts(shape, case.activation, bias=case.bias, dtype=case.dtype)]
+    w1, b1, w2, b2 = inputs.make_experts(shape, case.activation, bias=case.bias, dtype=case.dtype)
+    experts = (leaf(w1), None if b1 is None else leaf(b1), leaf(w2), None if b2 is None else leaf(b2))
     results: Results = {}
     index = inputs.make_expert_index(shape, device=device)
     plan = wk.plan_routing(index, shape.E, shape.C, backend=backend("plan_routing"))
@@ -73,7 +73,7 @@ def run(case: Case, device: str, exact: bool) -> Results:
     results |= routed(shape, leaf, x, backend)
     results |= differentiated("permute", lambda x: wk.permute(x, plan, backend=backend("permute")), x=x)
     rows = wk.permute(x, plan, backend=backend("permute")).detach().requires_grad_()
-    w1, b1, w2, b2 = parameters
+    w1, b1, w2, b2 = experts
     results |= differentiated(
         "grouped_gemm",
         lambda rows, w1, b1: wk.grouped_gemm(rows, w1, plan, b1, case.activation, backend=backend("grouped_gemm")),
@@ -91,7 +91,7 @@ def run(case: Case, device: str, exact: bool) -> Results:
         ),
         x=x, weight=weight, w1=w1, b1=b1, w2=w2, b2=b2,
     )  # fmt: skip
-    return results | accumulated(case, plan, x, weight, parameters, backend)
+    return results | accumulated(case, plan, x, weight, experts, backend)
 
 
 def routed(shape: Shape, leaf: Callable[..., Any], x: Tensor, backend: Chosen) -> Results:
@@ -123,13 +123,12 @@ def differentiated(name: str, function: Callable[..., Tensor], **leaves: Tensor 
 
 
 def accumulated(
-    case: Case, plan: wk.RoutingPlan, x: Tensor, weight: Tensor, parameters: list[Tensor | None], backend: Chosen
+    case: Case, plan: wk.RoutingPlan, x: Tensor, weight: Tensor, experts: Experts, backend: Chosen
 ) -> Results:
     """The experts' gradients added to buffers by two uses. In float64 twice what one use returns."""
-    buffers = wk.GradBuffers(*(None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in parameters))
-    options = {"grad_buffers": buffers, "backend": backend("moe_ffn")}
+    buffers = wk.GradBuffers(*(None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in experts))
     for _ in range(2):
-        y = wk.moe_ffn(x, weight, plan, *parameters, case.activation, **options)
+        y = wk.moe_ffn(x, weight, plan, *experts, case.activation, grad_buffers=buffers, backend=backend("moe_ffn"))
         y.backward(inputs.normal(*y.shape, seed=12, dtype=y.dtype).to(y.device), inputs=[x])
     fields = zip(buffers._fields, buffers, strict=True)
     return {f"grad_buffers: {name}": buffer for name, buffer in fields if buffer is not None}

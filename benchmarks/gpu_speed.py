@@ -132,8 +132,9 @@ def timings(shrink: Callable[[Case], Case]) -> dict[str, Section]:
 def fill_cache(names: list[str], seconds: float) -> None:
     """Compile what the sections need, each section in a process of its own, all at once; errors show later."""
     command = [sys.executable, "-m", "widenet_kernels.benchmarks.gpu_speed", *sys.argv[1:], "--fill", "--only"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    running = [subprocess.Popen([*command, name], **quiet) for name in names]
+    running = [
+        subprocess.Popen([*command, name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for name in names
+    ]
     end = time.monotonic() + seconds
     for process in running:
         try:

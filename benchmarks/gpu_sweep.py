@@ -120,7 +120,7 @@ class Products:
 
     def first(self) -> Callable[[], Any]:
         case, (w1, b1) = self.case, (self.experts["w1"], self.experts["b1"])
-        gather = {"gather": self.plan.row_choice, "k": case.K, "save": True}
+        gather: dict[str, Any] = {"gather": self.plan.row_choice, "k": case.K, "save": True}
         places = (*self.places, self.plan.num_rows)
         return lambda: grouped_gemm.multiply(self.inputs.x, w1, b1, *places, case.activation, **gather)
 

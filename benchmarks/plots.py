@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise SystemExit("bench plot: needs matplotlib: pip install matplotlib") from error
     if options.profile:
-        draw_profile(*options.profile, folder)
+        path, profile = options.profile
+        draw_profile(path, profile, folder)
 
 
 def add_command(commands: Any) -> None:
