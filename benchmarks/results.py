@@ -178,7 +178,7 @@ COLUMNS = (  # heading, width, what stands in it
     ("host us", 9, lambda row: number(row["host_us"], 1, ",.1f")),
     ("error", 9, lambda row: number(row["relative_error"], 1, ".1e")),
 )
-NAME_WIDTH = 28
+NAME_WIDTH = 26
 
 
 def milliseconds(value: float) -> str:
@@ -193,17 +193,26 @@ def table(rows: Iterable[Row]) -> str:
     """A paragraph for each section: what is compared, a line for each contender, and why others have none."""
     paragraphs = []
     for head, section in itertools.groupby(rows, title):
-        lines = [head, " " * NAME_WIDTH + "".join(f"{name:>{width}}" for name, width, _ in COLUMNS)]
+        timed: dict[str, Row] = {}
         absent: dict[str, list[str]] = {}
         for row in section:
             if "ms" in row:
-                shown = "".join(f"{show(row):>{width}}" for _, width, show in COLUMNS)
-                lines.append(f"  {row['contender']:{NAME_WIDTH - 2}}{shown}")
+                timed[name_and_way(row)] = row
             else:
                 absent.setdefault(row["why"], []).append(row["contender"])
+        width = max(NAME_WIDTH, *map(len, timed), 0)
+        lines = [head, " " * (width + 2) + "".join(f"{name:>{size}}" for name, size, _ in COLUMNS)]
+        for name, row in timed.items():
+            lines.append(f"  {name:{width}}" + "".join(f"{show(row):>{size}}" for _, size, show in COLUMNS))
         lines += [f"  {', '.join(names)}: {why}" for why, names in absent.items()]
         paragraphs.append("\n".join(lines))
     return "\n\n".join(paragraphs)
+
+
+def name_and_way(row: Row) -> str:
+    """The contender; on a GPU also how it was timed, if not as a graph: then the host's time may be in it."""
+    way = row["timed"].partition(",")[0]
+    return row["contender"] if row["device"] == "cpu" or way == "graph" else f"{row['contender']} [{way}]"
 
 
 def title(row: Row) -> str:

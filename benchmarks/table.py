@@ -9,7 +9,8 @@ from typing import Any
 from .reading import Results, Row, as_argument, at_full_width, device_name, load, software, timed, values
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
-HEADER = ("shape", "dtype", "pass", "ours", "GFLOP/s", "limit", "of its speed", "best peer", "times as fast", "memory")
+MEMORY = "peak memory (least peer)"
+HEADER = ("shape", "dtype", "pass", "ours", "GFLOP/s", "limit", "of its speed", "best peer", "times as fast", MEMORY)
 
 
 def render(results: Results, folder: Path) -> str:
@@ -34,7 +35,9 @@ def head() -> list[str]:
 def line(ours: Row, rows: list[Row]) -> str:
     """One of our rows, with the best of the peers that were timed in the same setting."""
     setting = {name: ours[name] for name in ("shape", "dtype", "pass", "device", "threads")}
-    best = min(timed(rows, kind="peer", **setting), key=lambda row: row["ms"], default=None)
+    peers = timed(rows, kind="peer", **setting)
+    best = min(peers, key=lambda row: row["ms"], default=None)
+    memories = [row["peak_mib"] for row in peers if row["peak_mib"] is not None]
     cells = (
         ours["shape"],
         ours["dtype"],
@@ -45,9 +48,13 @@ def line(ours: Row, rows: list[Row]) -> str:
         number(ours["share_of_limit"]),
         f"{best['contender']}, {number(best['ms'])} ms" if best else "-",
         number(ours["ratio_to_best_peer"]),
-        "-" if ours["peak_mib"] is None else f"{ours['peak_mib']:,.0f} MiB",
+        mebibytes(ours["peak_mib"]) + (f" ({mebibytes(min(memories))})" if memories else ""),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def mebibytes(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f} MiB"
 
 
 def number(value: float | None) -> str:

@@ -184,7 +184,7 @@ def measure(
             check_cost(contender, dtype, clock, budget.patience)
             call, first_ms = checked(contender, clock, budget, row)
             if first_ms > budget.patience * 1e3:
-                row |= summary([first_ms], contender.repeat)
+                row |= summary([first_ms], contender.repeat) | {"timed": "once"}
                 continue
             row["peak_mib"] = clock.peak_bytes(call) / MIB
             if clock.device == "cuda":  # on a CPU that is the call itself

@@ -63,7 +63,7 @@ def layer(shape: str, limit_ms: float, sizes: dict[str, int], **other: Any) -> l
     rows = []
     for contender, speed in SPEEDS.items():
         ratio = speed / SPEEDS["peer loop"] if contender == "ours" else None
-        shares = {"limit": "gemms", "share_of_limit": speed, "ratio_to_best_peer": ratio, "peak_mib": 12.5}
+        shares = {"limit": "gemms", "share_of_limit": speed, "ratio_to_best_peer": ratio, "peak_mib": 10 / speed}
         rows.append(row("layer", contender, limit_ms / speed, **common, **shares))
     return rows
 

@@ -144,6 +144,16 @@ def test_ratios_are_taken_within_rounds():
     assert rows["ours"]["share_of_limit"] == 0.5
 
 
+def test_the_table_says_what_was_no_graph_on_a_gpu():
+    section = results.Section("layer", TINY, "forward", [contender(name) for name in ("a", "b", "c")], None)
+    ways = {"a": "graph", "b": "events, not captured: it waits", "c": "events"}
+    figures = {name: timing.summary([1.0]) | {"timed": way} for name, way in ways.items()}
+    for device, shown in (("cuda", ["a", "b [events]", "c [events]"]), ("cpu", ["a", "b", "c"])):
+        rows = list(results.complete(section, ABOUT | {"device": device}, figures))
+        _, _, *lines = results.table(rows).splitlines()
+        assert [line.split("  1 ms")[0].strip() for line in lines] == shown
+
+
 def test_the_layers_contest():
     inputs = Inputs(TINY, "cpu", torch.float32)
     names = {"GEMMs alone", "dense GEMMs", "widenet_kernels", "torch loop", "one-hot einsum", "torch.bmm"}

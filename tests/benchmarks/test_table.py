@@ -37,7 +37,7 @@ def test_rows(results, tmp_path):
         "of its speed": "0.800",
         "best peer": "peer loop, 160 ms",
         "times as fast": "1.60",
-        "memory": "12 MiB",
+        "peak memory (least peer)": "12 MiB (20 MiB)",
     }
     # not the row of one thread: the machine's number is two
     assert [(row["shape"], row["pass"]) for row in rows] == [
