@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -65,14 +65,21 @@ def unit(rows: list[Row]) -> tuple[float, str]:
 # Roofline
 
 
-def roof(rows: list[Row]) -> tuple[float, float]:
-    """The measured copy bandwidth in GB/s and the fastest measured product in TFLOP/s."""
+class Roof(NamedTuple):
+    bandwidth: float  # GB/s, as a large copy has it
+    peak: float  # TFLOP/s
+    by: str  # whose product that is
+
+
+def roof(rows: list[Row]) -> Roof:
+    """The measured copy bandwidth and the fastest measured product, torch's or ours."""
     copies = [row["gb_per_s"] for row in timed(rows, bench="ceilings") if row["gb_per_s"] and not row["flops"]]
-    products = [row["tflops"] for row in timed(rows, kind="limit") if row["tflops"]]
+    products = [row for row in timed(rows, kind="limit") if row["tflops"]]
     if not copies or not products:
         missing = "copy bandwidth in bench ceilings" if not copies else "product of kind limit with its FLOPs"
         raise NothingToDraw(f"no measured {missing}")
-    return max(copies), max(products)
+    best = max(products, key=lambda row: row["tflops"])
+    return Roof(max(copies), best["tflops"], best["contender"])
 
 
 def roofline(rows: list[Row]) -> Figure:
@@ -80,7 +87,7 @@ def roofline(rows: list[Row]) -> Figure:
 
     What has no FLOPs to speak of stands beside it, under the copy bandwidth alone.
     """
-    bandwidth, peak = roof(rows)
+    measured = roof(rows)
     kernels = [row for row in timed(rows, kind="ours") if row["bytes"]]
     shapes = values([row for row in kernels if row["flops"]], "shape")
     if not shapes:
@@ -90,13 +97,14 @@ def roofline(rows: list[Row]) -> Figure:
     title = f"{shape}, {kernels[0]['dtype']}: kernels under the measured roof"
     without_flops = [row for row in kernels if not row["flops"]]
     drawn, axes = figure(1 + bool(without_flops), 4.5, title, width_ratios=(3, 1)[: 1 + bool(without_flops)])
-    draw_roof(axes[0], [row for row in kernels if row["flops"]], bandwidth, peak)
+    draw_roof(axes[0], [row for row in kernels if row["flops"]], measured)
     if without_flops:
-        draw_bandwidths(axes[1], without_flops, bandwidth)
+        draw_bandwidths(axes[1], without_flops, measured.bandwidth)
     return drawn
 
 
-def draw_roof(axes: Axes, kernels: list[Row], bandwidth: float, peak: float) -> None:
+def draw_roof(axes: Axes, kernels: list[Row], roof: Roof) -> None:
+    bandwidth, peak, by = roof
     scale, name = (1.0, "TFLOP/s") if peak >= 1 else (1e3, "GFLOP/s")
     ridge = peak * 1e3 / bandwidth
     points = [(row["flops"] / row["bytes"], row["tflops"] * scale, kernel(row)) for row in kernels]
@@ -111,7 +119,7 @@ def draw_roof(axes: Axes, kernels: list[Row], bandwidth: float, peak: float) -> 
         axes.plot(x, y, "o", color=color, markerfacecolor=fill, label=label)
     label_points(axes, points)
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(f"{bandwidth:.3g} GB/s copied, {peak * scale:.3g} {name} multiplied", fontsize=9)
+    axes.set_title(f"{bandwidth:.3g} GB/s copied, {peak * scale:.3g} {name} multiplied by {by}", fontsize=9)
     axes.set_xlabel("FLOPs per byte", fontsize=9)
     axes.set_ylabel(name, fontsize=9)
     axes.grid(alpha=0.3)

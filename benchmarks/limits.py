@@ -77,9 +77,3 @@ def copy(nbytes: float, device: str) -> Callable[[], Tensor]:
 def empty_call(device: str) -> Callable[[], Tensor]:
     """An op of torch that fills one element: what no call can fall below."""
     return torch.empty(1, device=device).zero_
-
-
-def product(side: int, device: str, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """One square product: the most that torch's GEMM makes of this machine."""
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return functools.partial(torch.mm, a, b, out=torch.empty_like(a))

@@ -34,7 +34,7 @@ def test_roofline(rows):
     axes, _ = figures.roofline(rows).axes
     # copied: 4e7 bytes in 2 ms; multiplied: 3e7 operations in 10 ms, the most of any limit
     roof, *points = axes.lines
-    assert axes.get_title() == "20 GB/s copied, 3 GFLOP/s multiplied"
+    assert axes.get_title() == "20 GB/s copied, 3 GFLOP/s multiplied by gemm"
     xs, ys = roof.get_data()
     assert xs[1] == pytest.approx(3 / 20)  # the ridge
     assert ys[1:] == pytest.approx([3, 3])

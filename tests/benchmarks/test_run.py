@@ -14,7 +14,20 @@ import torch
 
 import widenet_kernels as wk
 from widenet_kernels.__main__ import main
-from widenet_kernels.benchmarks import cli, counts, layer, model, results, run, shapes, silent, stages, timing
+from widenet_kernels.benchmarks import (
+    ceilings,
+    cli,
+    counts,
+    layer,
+    limits,
+    model,
+    results,
+    run,
+    shapes,
+    silent,
+    stages,
+    timing,
+)
 from widenet_kernels.benchmarks.shapes import Case, Inputs
 from widenet_kernels.benchmarks.timing import Budget, Clock, Contender, Unavailable, measure
 from widenet_kernels.models import WideNetConfig
@@ -227,6 +240,17 @@ def test_without_tqdm_there_is_no_bar(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert captured.out.startswith("permute host")
     assert captured.err == ""
+
+
+def test_the_roof_is_the_better_of_two_products():
+    (section,) = ceilings.sections(Inputs(TINY, "cpu", torch.float32))
+    rows = {row["contender"]: row for row in completed(section)}
+    assert list(rows) == [ceilings.COPY, ceilings.TORCH, ceilings.OURS, limits.LAUNCH]
+    assert rows[ceilings.OURS]["relative_error"] < 1e-5
+    figures = pytest.importorskip("widenet_kernels.benchmarks.figures", reason="needs matplotlib")
+    roof = figures.roof(list(rows.values()))
+    best = max((ceilings.TORCH, ceilings.OURS), key=lambda name: rows[name]["tflops"])
+    assert (roof.by, roof.peak) == (best, rows[best]["tflops"])
 
 
 def test_ceilings_and_host_do_not_depend_on_the_shape():
