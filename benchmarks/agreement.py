@@ -21,9 +21,8 @@ def relative_error(result: Any, truth: Sequence[Tensor]) -> float:
 
 
 def error_by_name(result: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
-    """The same over the results of these names, which are those of the truth or its first alone."""
-    names = list(truth)
-    assert list(result) in (names[:1], names), f"{list(result)} instead of {names}"
+    """The same over the results of these names, which are those of the truth."""
+    assert list(result) == list(truth), f"{list(result)} instead of {list(truth)}"
     return worst(error_of(out, truth[name]) for name, out in result.items())
 
 

@@ -1,7 +1,7 @@
 """The whole layer, router included, x to y: ours, the peers, and the products alone."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Contest:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
-        self.truth = functools.cache(functools.partial(peers.exact, inputs))  # by normalize
+        self.truth = functools.cache(functools.partial(peers.exact, inputs))  # by normalize and backward
 
     def contenders(self, direction: str) -> list[Contender]:
         inputs, case = self.inputs, self.inputs.case
@@ -41,7 +41,7 @@ class Contest:
         nbytes = counts.layer_bytes(case, inputs.x.element_size()) * (2 if both else 1)
         counted: dict[str, Any] = {"flops": flops, "nbytes": nbytes}
         memory = peers.rows_bytes(inputs, inputs.served)
-        held = 6 * counts.layer_bytes(case, inputs.x.element_size())  # all of it, its gradients, and both twice as wide
+        held = 3 * nbytes  # what is counted, and the same twice as wide for the truth
         found = [
             Contender(name, "limit", self.products(dense, both), work=flops, memory=memory + held, **counted)
             for name, dense in ((limits.GEMMS, False), (limits.DENSE, True))
@@ -51,15 +51,11 @@ class Contest:
             if not peer.installed:
                 found.append(Contender(name, "peer", not_installed, **counted))
                 continue
-            kind, layer = "ours" if name == OURS else "peer", Built(self, peer.build)
+            kind, layer = "ours" if name == OURS else "peer", Built(self, peer.build, both)
             # ours need not be as slow as torch.mm is foreseen to be
             work = 0.0 if kind == "ours" else flops + peer.flops(inputs) * (3 if both else 1)
-            make, error = (layer.gradients, layer.error_of_gradients) if both else (layer.forward, layer.error)
-            found.append(
-                Contender(
-                    name, kind, make, error, work=work, memory=peer.memory(inputs) + held, graph=peer.graph, **counted
-                )
-            )
+            needed: dict[str, Any] = {"work": work, "memory": peer.memory(inputs) + held, "graph": peer.graph}
+            found.append(Contender(name, kind, layer.call, layer.error, **needed, **counted))
         return found
 
     def products(self, dense: bool, both: bool) -> Callable[[], Call]:
@@ -77,26 +73,20 @@ def not_installed() -> Call:
 class Built:
     """A contender's layer: made when its turn comes."""
 
-    def __init__(self, contest: Contest, build: peers.Build) -> None:
-        self.contest, self.build = contest, build
+    def __init__(self, contest: Contest, build: peers.Build, both: bool) -> None:
+        self.contest, self.build, self.both = contest, build, both
         self.layer: Layer
 
-    def forward(self) -> Call:
-        self.layer = self.build(self.contest.inputs)
-        return torch.no_grad()(lambda: self.layer.forward(self.contest.inputs.x))
+    def call(self) -> Call:
+        inputs = self.contest.inputs
+        self.layer = self.build(inputs)
+        if self.both:
+            return peers.gradients(self.layer, inputs.x, inputs.grad)
+        return torch.no_grad()(lambda: self.layer.forward(inputs.x))
 
-    def gradients(self) -> Call:
-        self.layer = self.build(self.contest.inputs)
-        return peers.gradients(self.layer, self.contest.inputs.x, self.contest.inputs.grad)
-
-    def error(self, y: Tensor) -> float:
-        return error_by_name({"y": y}, self.truth())
-
-    def error_of_gradients(self, result: Any) -> float:
-        return error_by_name(peers.named(self.layer, result), self.truth())
-
-    def truth(self) -> Mapping[str, Tensor]:
-        return self.contest.truth(self.layer.normalize)
+    def error(self, result: Any) -> float:
+        named = peers.named(self.layer, result) if self.both else {"y": result}
+        return error_by_name(named, self.contest.truth(self.layer.normalize, self.both))
 
 
 def ours(inputs: Inputs) -> Layer:

@@ -316,8 +316,11 @@ def named(layer: Layer, result: tuple[Tensor, list[Tensor]]) -> dict[str, Tensor
     return {"y": y, "x": grad_x, **layer.canonical(grads)}
 
 
-def exact(inputs: Inputs, normalize: bool) -> dict[str, Tensor]:
-    """The result and all gradients, by the plain loop in a wider dtype."""
+def exact(inputs: Inputs, normalize: bool, backward: bool) -> dict[str, Tensor]:
+    """The result, and with the backward all gradients, by the plain loop in a wider dtype."""
     wide = inputs.widened(WIDER[inputs.dtype], normalize)
     layer = loop(wide)
+    if not backward:
+        with torch.no_grad():
+            return {"y": layer.forward(wide.x)}
     return {name: t.detach() for name, t in named(layer, gradients(layer, wide.x, wide.grad)()).items()}

@@ -37,7 +37,7 @@ def test_a_peer_gives_the_layer_and_its_gradients(name, shape, dtype):
     inputs = inputs_of(shape, dtype)
     peer = built(name, inputs)
     result = named(peer, gradients(peer, inputs.x, inputs.grad)())
-    assert agreement.error_by_name(result, exact(inputs, peer.normalize)) < TOLERANCE[dtype]
+    assert agreement.error_by_name(result, exact(inputs, peer.normalize, backward=True)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
@@ -45,7 +45,7 @@ def test_grouped_mm_gives_the_layer_and_its_gradients(shape):
     inputs = inputs_of(shape, torch.float32)  # it knows no float64
     peer = PEERS["torch grouped_mm"].build(inputs)
     result = named(peer, gradients(peer, inputs.x, inputs.grad)())
-    assert agreement.error_by_name(result, exact(inputs, peer.normalize)) < TOLERANCE[torch.float32]
+    assert agreement.error_by_name(result, exact(inputs, peer.normalize, backward=True)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
@@ -54,7 +54,7 @@ def test_ours_is_held_to_the_same(shape):
     ours = layer.ours(inputs)
     result = named(ours, gradients(ours, inputs.x, inputs.grad)())
     assert set(result) == {"y", "x", "router", "w1", "w2"} | ({"b1", "b2"} if shape.bias else set())
-    assert agreement.error_by_name(result, exact(inputs, shape.normalize)) < TOLERANCE[torch.float64]
+    assert agreement.error_by_name(result, exact(inputs, shape.normalize, backward=True)) < TOLERANCE[torch.float64]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
@@ -65,7 +65,7 @@ def test_the_truth_is_the_literal_loop(shape):
     tensors = {name: torch.tensor(value, dtype=torch.int32) for name, value in lists.items()}
     plan = wk.RoutingPlan(**tensors, num_rows=len(lists["row_choice"]), num_experts=shape.E, k=shape.K, capacity=None)
     y = oracle.moe_ffn(inputs.x, weight, plan, *inputs.experts.values(), shape.activation)
-    torch.testing.assert_close(exact(inputs, shape.normalize)["y"], y, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(exact(inputs, shape.normalize, backward=True)["y"], y, rtol=1e-11, atol=1e-11)
 
 
 def test_the_shapes_drop_what_they_say():
@@ -76,7 +76,7 @@ def test_the_shapes_drop_what_they_say():
 
 def test_a_wrong_answer_is_seen():
     inputs = inputs_of(SHAPES[0])
-    truth = exact(inputs, False)
+    truth = exact(inputs, False, backward=True)
     wrong = {name: t.clone() for name, t in truth.items()}
     wrong["w1"][2, 3] *= 1.5  # one row
     assert agreement.error_by_name(wrong, truth) > 0.1
@@ -95,7 +95,7 @@ def test_st_moe_in_half_precision():
     inputs = inputs_of(SHAPES[0], torch.bfloat16)
     peer = PEERS["st-moe-pytorch"].build(inputs)
     result = named(peer, gradients(peer, inputs.x, inputs.grad)())
-    assert agreement.error_by_name(result, exact(inputs, peer.normalize)) < run.LARGEST_ERROR["bf16"]
+    assert agreement.error_by_name(result, exact(inputs, peer.normalize, backward=True)) < run.LARGEST_ERROR["bf16"]
 
 
 def test_st_moe_needs_two_choices():

@@ -180,6 +180,16 @@ def test_the_layers_contest():
         assert all(row["why"] for row in rows.values() if "ms" not in row)
 
 
+def test_without_a_backward_no_gradients_are_foreseen_and_none_computed():
+    inputs = Inputs(TINY, "cpu", torch.float32)
+    contest = layer.Contest(inputs)
+    forward, both = ({c.name: c for c in contest.contenders(way)} for way in layer.DIRECTIONS)
+    gradients = counts.layer_bytes(TINY, 4) * 3  # of the layer and, twice as wide, of the truth
+    assert both["torch loop"].memory - forward["torch loop"].memory == gradients
+    assert list(contest.truth(False, False)) == ["y"]
+    assert torch.equal(contest.truth(False, False)["y"], contest.truth(False, True)["y"])
+
+
 @pytest.mark.parametrize("name", stages.OPS)
 def test_a_stages_contest(name):
     for shape in (TINY, TINY._replace(capacity_factor=0.5), TINY._replace(activation="swiglu", capacity_factor=None)):
