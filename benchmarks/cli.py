@@ -8,7 +8,7 @@ import torch
 
 from . import compare, plots, profiling, results, shapes, table
 from . import run as runner
-from .layer import DIRECTIONS
+from .stage import PASSES
 from .timing import Row
 
 DEFAULT_BENCHES = ("ceilings", "layer", "gate", "plan", "route", "permute", "grouped_gemm", "combine")
@@ -25,7 +25,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--shape", nargs="+", choices=shapes.NAMES, metavar="SHAPE", default=["default"], help="shapes or suites"
     )
     parser.add_argument("--dtype", nargs="+", choices=list(shapes.DTYPES), help="fp32 on a CPU, bf16 on a GPU")
-    parser.add_argument("--pass", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, dest="directions")
+    parser.add_argument("--pass", nargs="+", choices=PASSES, default=list(PASSES), dest="directions")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", nargs="+", type=int, metavar="N", default=[torch.get_num_threads()])
     parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of one set of contenders")

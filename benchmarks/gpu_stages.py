@@ -10,6 +10,7 @@ from . import limits, stages
 from .agreement import tensors
 from .gpu_timing import Bench, Work
 from .shapes import Case, Inputs
+from .stage import PASSES
 from .timing import Call
 
 MANY = 20
@@ -20,14 +21,14 @@ def by_backend(bench: Bench, inputs: Inputs, names: Sequence[str]) -> dict[str, 
     """Works of the stages, each held against the reference."""
     works = {}
     for name in names:
-        op, stage = stages.OPS[name], stages.stages(inputs)[name]()
-        ways = {op: (stage.forward, stage.nbytes), f"{op} backward": (stage.backward, stage.backward_nbytes)}
-        for title, (call, nbytes) in ways.items():
-            if call == stage.backward and not stage.leaves:
+        stage = stages.STAGES[name](inputs)
+        for title, one_pass in ((stage.op, "forward"), (f"{stage.op} backward", "backward")):
+            if one_pass not in stage.passes:
                 continue
-            truth = () if bench.fill else tensors(call("reference")())
-            for backend in wk.available_backends(op, bench.device, inputs.dtype):
-                works[f"{title}, {backend}"] = Work(call(backend), truth, nbytes=nbytes, host=True)
+            call, nbytes = PASSES[one_pass], stage.passes[one_pass].nbytes
+            truth = () if bench.fill else tensors(call(stage.way("reference"))())
+            for backend in wk.available_backends(stage.op, bench.device, inputs.dtype):
+                works[f"{title}, {backend}"] = Work(call(stage.way(backend)), truth, nbytes=nbytes, host=True)
     return works
 
 
@@ -47,7 +48,7 @@ def gate_and_plan(inputs: Inputs, backend: str) -> Call:
 
     def call() -> object:
         with torch.no_grad():
-            gated = gate.call(backend)
+            gated = gate.call(backend, *gate.operands().leaves)
             return gated, wk.plan_routing(gated.expert_index, case.E, case.capacity, backend=backend)
 
     return call
@@ -62,8 +63,8 @@ def movement(bench: Bench, case: Case) -> None:
     inputs = Inputs(case, bench.device, torch.bfloat16)
     works = by_backend(bench, inputs, MOVEMENT)
     permute = stages.permute(inputs)
-    for name, (call, _) in permute.peers.items():
-        works[f"{name} (permute)"] = Work(call, nbytes=permute.nbytes)
+    for name, peer in permute.peers.items():
+        works[f"{name} (permute)"] = Work(peer.way.forward(), nbytes=permute.passes["forward"].nbytes)
     of_rows = 2.0 * inputs.x.element_size() * inputs.plan.num_rows * case.D
     works["copy of the rows"] = Work(limits.copy(of_rows, bench.device), nbytes=of_rows)
     bench.measure(f"{case.name} movement", works)

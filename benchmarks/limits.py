@@ -53,9 +53,10 @@ class Gemms:
         multiply(self.second_backward)
         multiply(self.first_backward)
 
-    def first_layer(self, backward: bool) -> None:
-        multiply(self.first)
-        if backward:
+    def first_layer(self, one_pass: str) -> None:
+        if one_pass != "backward":
+            multiply(self.first)
+        if one_pass != "forward":
             multiply(self.first_backward)
 
 

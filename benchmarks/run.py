@@ -28,7 +28,8 @@ ONCE: Mapping[str, Sections] = {"ceilings": ceilings.sections, "host": host.sect
 BENCHES: Mapping[str, Sections] = {
     **ONCE,
     "layer": layer.sections,
-    **{name: functools.partial(stages.sections, name) for name in stages.OPS},
+    **{name: functools.partial(stages.sections, name) for name in stages.STAGES},
+    "backward": stages.backward,
     "train_step": model.sections,
 }
 

@@ -194,6 +194,13 @@ class Inputs:
         """[served], int64"""
         return (self.plan.row_choice >= 0).nonzero().view(-1)
 
+    @functools.cached_property
+    def served_experts(self) -> tuple[Tensor, Tensor]:
+        """[served], int64: the expert of each served row; [E], int32: where its rows end, packed."""
+        counts = self.plan.expert_count
+        experts = torch.arange(self.case.E, device=counts.device).repeat_interleave(counts)
+        return experts, counts.cumsum(0).to(torch.int32)
+
     def choice_served(self) -> Tensor:
         """[T, K] bool"""
         return self.plan.choice_row >= 0

@@ -21,6 +21,7 @@ from widenet_kernels.benchmarks import (
     layer,
     limits,
     model,
+    peers,
     results,
     run,
     shapes,
@@ -190,14 +191,45 @@ def test_without_a_backward_no_gradients_are_foreseen_and_none_computed():
     assert torch.equal(contest.truth(False, False)["y"], contest.truth(False, True)["y"])
 
 
-@pytest.mark.parametrize("name", stages.OPS)
+@pytest.mark.parametrize("name", stages.STAGES)
 def test_a_stages_contest(name):
     for shape in (TINY, TINY._replace(capacity_factor=0.5), TINY._replace(activation="swiglu", capacity_factor=None)):
-        for section in stages.sections(name, Inputs(shape, "cpu", torch.float32)):
-            for row in completed(section):
+        sections = list(stages.sections(name, Inputs(shape, "cpu", torch.float32)))
+        assert [section.direction for section in sections] == list(layer.DIRECTIONS[: 1 if name == "plan" else 2])
+        for section in sections:
+            rows = completed(section)
+            for row in rows:
                 assert "ms" in row, row
                 assert row["kind"] == "limit" or row["relative_error"] is None or row["relative_error"] < 1e-5
-    assert section.direction == ("forward" if name == "plan" else "forward+backward")
+            peers = {row["contender"] for row in rows if row["kind"] == "peer"}
+            assert ("torch grouped_mm" in peers) == (name == "grouped_gemm")
+
+
+@pytest.mark.parametrize("bench", ["backward"])
+def test_what_is_not_measured_by_default(bench):
+    for shape in (TINY, TINY._replace(activation="swiglu", capacity_factor=None, bias=False)):
+        for section in run.BENCHES[bench](Inputs(shape, "cpu", torch.float32)):
+            for row in completed(section):
+                assert "ms" in row, row
+                assert row["relative_error"] is None or row["relative_error"] < 1e-5
+                assert row["relative_error"] is not None or row["kind"] != "ours", row
+
+
+def test_a_stages_tensors_are_foreseen_and_made_when_there_is_room():
+    inputs = Inputs(TINY, "cpu", torch.float32)
+    rows, element = inputs.served, 4
+    at_least = element * (rows * (TINY.D + TINY.F) + TINY.E * TINY.D * TINY.F)
+    for section in stages.sections("grouped_gemm", inputs):
+        assert all(c.memory >= at_least for c in section.contenders if c.name != limits.LAUNCH)
+    assert "experts" not in vars(inputs)
+
+
+def test_a_wrong_peer_of_grouped_gemm_is_seen_in_every_pass(monkeypatch):
+    multiply = peers.torch_grouped_mm()
+    monkeypatch.setattr(peers, "torch_grouped_mm", lambda: lambda rows, w, offs: 1.1 * multiply(rows, w, offs=offs))
+    for section in stages.sections("grouped_gemm", Inputs(TINY, "cpu", torch.float32)):
+        rows = {row["contender"]: row for row in completed(section)}
+        assert rows["torch grouped_mm"]["why"].startswith("WRONG")
 
 
 def test_the_training_step(monkeypatch):
@@ -345,4 +377,4 @@ def test_an_error_inside_a_command_keeps_its_traceback(monkeypatch):
 def test_the_list_names_everything(capsys):
     run_command("--list")
     out = capsys.readouterr().out
-    assert all(name in out for name in (*shapes.CASES, *shapes.SUITES, *stages.OPS, "train_step"))
+    assert all(name in out for name in (*shapes.CASES, *shapes.SUITES, *stages.STAGES, "train_step"))
