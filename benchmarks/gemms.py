@@ -1,17 +1,20 @@
 """grouped_gemm by itself: the first layer as a stage has it, and each product of both layers alone."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 import widenet_kernels as wk
 
 from . import counts, limits, peers
+from .layer import OURS
+from .results import Section
 from .shapes import Inputs
-from .stage import Operands, Peer, Stage, Way, Work, forward_and_backward
-from .timing import Contender
+from .stage import PLAIN, Operands, Peer, Stage, Way, Work, forward_and_backward, section
+from .timing import Call, Contender
 
 EVERY = ("rows", "weight", "bias")
 
@@ -35,6 +38,12 @@ class Gemm(NamedTuple):
     @property
     def flops(self) -> float:
         return 2.0 * self.inputs.served * self.depth * self.width
+
+    @property
+    def nbytes(self) -> float:
+        """Of each of its three products: the rows, the weight, the result, whichever of them is computed."""
+        weights = self.inputs.case.E * self.depth * self.width
+        return float(self.inputs.x.element_size() * (self.inputs.served * (self.depth + self.width) + weights))
 
     def operands(self, wanted: Sequence[str]) -> Operands:
         """``wanted``: by what is differentiated."""
@@ -86,3 +95,43 @@ def first_layer(inputs: Inputs) -> Stage:
 
     passes = forward_and_backward(forward, Work(float(again), 2 * gemm.flops))
     return gemm.stage(passes, limit, EVERY)
+
+
+def sections(inputs: Inputs) -> Iterator[Section]:
+    """The three products of each layer one by one, against a dense one of as many rows."""
+    for layer, weight, bias, activation in (
+        ("first product", "w1", "b1", inputs.case.activation),
+        ("second product", "w2", "b2", None),
+    ):
+        gemm = Gemm(inputs, weight)
+        for wanted in ((), ("rows",), ("weight",)):
+            one_pass = "backward" if wanted else "forward"
+            limit = functools.partial(dense, gemm, wanted)
+            stage = gemm.stage({one_pass: Work(gemm.nbytes, gemm.flops)}, limit, wanted)
+            name = ", gradient of ".join((layer, *wanted))
+            found = section(name, stage, inputs, one_pass)
+            # plain torch multiplies all rows by every expert's weight
+            found.contenders[:] = [contender for contender in found.contenders if contender.name != PLAIN]
+            if one_pass == "forward":
+                found.contenders.append(whole(gemm._replace(bias=bias, activation=activation)))
+            yield found
+
+
+def dense(gemm: Gemm, wanted: Sequence[str], one_pass: str) -> Contender:
+    """All served rows through one expert."""
+
+    def build() -> Call:
+        inputs, weight = gemm.inputs, gemm.inputs.experts[gemm.weight][0]
+        rows, grad = (inputs.normal(inputs.served, columns) for columns in (gemm.depth, gemm.width))
+        a, b = {"rows": (grad, weight.t()), "weight": (rows.t(), grad)}.get("".join(wanted), (rows, weight))
+        return functools.partial(torch.mm, a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+
+    counted: dict[str, Any] = {"flops": gemm.flops, "nbytes": gemm.nbytes, "work": gemm.flops}
+    return Contender(limits.DENSE, "limit", build, memory=2 * gemm.nbytes, **counted)
+
+
+def whole(gemm: Gemm) -> Contender:
+    """Ours with bias and activation."""
+    way = Way(functools.partial(gemm.call, None), functools.partial(gemm.operands, ()))
+    counted: dict[str, Any] = {"flops": gemm.flops, "nbytes": gemm.nbytes, "memory": 2 * gemm.nbytes}
+    return Contender(f"{OURS}, bias and activation", "ours", way.forward, **counted)

@@ -1,9 +1,7 @@
-"""The one JSON file of a run on a GPU: every stage adds to it, and what is in it outlives a stage that is stopped.
+"""What a run on a GPU leaves beside the files of bench: verdicts and stages in one JSON that outlives a stopped stage.
 
-    python benchmarks/gpu_results.py stage results.json NAME STATUS SECONDS LIMIT
-    python benchmarks/gpu_results.py summary results.json
-
-Knows no torch, so that the script between the stages loses no time on it.
+python benchmarks/gpu_results.py stage OUTDIR NAME STATUS SECONDS LIMIT  # needs no torch, so it takes no time
+python -m widenet_kernels.benchmarks.gpu_results summary OUTDIR
 """
 
 import json
@@ -12,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PARTS = ("speed", "sweeps")  # section -> rows
+FILE = "results.json"
+MEASURED = ("table", "products", "sweeps")  # bench's files
 VERDICTS = ("smoke", "graph")  # a verdict for each case
 
 
@@ -33,35 +32,15 @@ def add(path: Path, keys: tuple[str, ...], value: Any) -> None:
     os.replace(partial, path)
 
 
-def row_line(row: dict[str, Any]) -> str:
-    """One contender of a section; what could not be timed says why."""
-    if "ms" not in row:
-        return f"  {row['name']:40} {row['why']}"
-    line = f"  {row['name']:40} {row['ms'] * 1e3:11.1f} us  spread {row['spread_ms'] * 1e3:8.1f}"
-    for key, text in (
-        ("tflops", "{:7.1f} TFLOP/s"),
-        ("share_of_dense", "{:6.3f} of dense"),
-        ("gb_per_s", "{:7.0f} GB/s"),
-        ("floor_us", "floor {:8.1f} us"),
-        ("share_of_copy", "{:6.3f} of copy"),
-        ("speed_of_default", "{:6.3f} of the default's speed"),
-        ("relative_error", "error {:.1e}"),
-        ("host_us", "host {:.0f} us"),
-    ):
-        if key in row:
-            line += "  " + text.format(row[key])
-    return line + ("" if row["timed"] in ("graph", "cpu") else f"  [{row['timed']}]")
+def summary(folder: Path) -> str:
+    from .results import table
 
-
-def summary(results: dict[str, Any]) -> str:
-    lines = [" ".join(f"{key}={value}" for key, value in results.get("machine", {}).items())]
-    for part in PARTS:
-        for section, rows in results.get(part, {}).items():
-            if isinstance(rows, str):
-                lines += [f"{part}: {section}", f"  {rows}"]
-                continue
-            lines.append(f"{part}: {section}")
-            lines += [row_line(row) for row in rows]
+    lines = []
+    for name in MEASURED:
+        if measured := load(folder / f"{name}.json"):
+            about = " ".join(f"{key}={value}" for key, value in measured["machine"].items())
+            lines += [f"{name}: {about}", table(measured["rows"])]
+    results = load(folder / FILE)
     for part in VERDICTS:
         lines.append(part)
         lines += [f"  {row['case']:60} {row['verdict']}" for row in results.get(part, [])]
@@ -74,12 +53,12 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    command, path, *rest = sys.argv[1:]
+    command, folder, *rest = sys.argv[1:]
     if command == "stage":
         name, status, seconds, limit = rest
-        add(Path(path), ("stages", name), {"status": status, "seconds": int(seconds), "limit": int(limit)})
+        add(Path(folder) / FILE, ("stages", name), {"status": status, "seconds": int(seconds), "limit": int(limit)})
     elif command == "summary":
-        print(summary(load(Path(path))))
+        print(summary(Path(folder)))
     else:
         raise SystemExit(f"gpu_results.py: expected stage or summary, got {command!r}")
 

@@ -19,7 +19,7 @@ def sections(inputs: Inputs) -> Iterator[Section]:
     inputs = Inputs(HOST, inputs.device, inputs.dtype)
     layers = [contender for contender in Contest(inputs).contenders("forward") if contender.kind != "limit"]
     contenders = [Contender(limits.PRODUCTS, "limit", functools.partial(products, inputs)), *layers]
-    repeated = [contender._replace(build=many(contender.build), repeat=CALLS) for contender in contenders]
+    repeated = [contender._replace(build=many(contender.build, CALLS), repeat=CALLS) for contender in contenders]
     yield Section("host", HOST, "forward", repeated, limits.PRODUCTS)
 
 
@@ -36,12 +36,12 @@ def products(inputs: Inputs) -> Call:
     return call
 
 
-def many(build: Callable[[], Call]) -> Callable[[], Call]:
+def many(build: Callable[[], Call], calls: int) -> Callable[[], Call]:
     def built() -> Call:
         call = build()
 
         def repeated() -> object:
-            for _ in range(CALLS - 1):
+            for _ in range(calls - 1):
                 call()
             return call()
 

@@ -4,10 +4,10 @@
 #     benchmarks/on_gpu.sh OUTDIR
 #
 # OUTDIR gets at most 6 files, each complete up to the last finished step whenever the script is stopped:
-#   results.json   the machine, every number, every stage's status
-#   summary.txt    the same as a table, also printed last
-#   table.json     the layer and its stages against peers and limits: python -m widenet_kernels bench
-#   speed.log (install, smoke, graph, timings, table, sweeps), tests.log, sanitizer.log
+#   results.json   the verdicts of smoke and graph, every stage's status
+#   table.json, products.json, sweeps.json   what python -m widenet_kernels bench measured
+#   summary.txt    all of it as a table, also printed last
+#   run.log        what every stage printed, and python -m widenet_kernels info
 #
 # The most important first; none stops the next; each has its own limit, and 3 s to end once it is reached:
 #
@@ -16,10 +16,10 @@
 #   install-pure    12  only if that failed: without compiled kernels
 #   smoke           50  every op of every backend, forward and backward, against float64
 #   graph           30  the whole layer as a CUDA graph, replayed on new data, against eager calls
-#   timings         58  the stages and the GEMMs, by backend, against copies, dense products and torch's own
-#   table           75  python -m widenet_kernels bench --shape gpu, which prints what there is when its time is up
+#   table           75  bench --shape gpu: the layer and its stages; it prints what there is when its time is up
+#   products        55  bench: each product alone against a dense one, gradients alone, gate and plan many in one graph
 #   tests          105  pytest -m gpu in many processes, the contract of tests/conformance first
-#   sweeps          40  tile sizes for every form of GEMM
+#   sweeps          43  bench: tile sizes for every form of GEMM
 #   memcheck        35  compute-sanitizer over a small set
 #   racecheck       20  the same for races, if memcheck could run
 #                  495  + 10 x 3 s; whatever happens, no stage runs past second 525
@@ -59,9 +59,10 @@ fi
 mkdir -p "$1" || exit 1
 out=$(cd "$1" && pwd)
 work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work" "$out/.results.json.partial"' EXIT
+trap 'rm -rf "$work" "$out"/.*.partial' EXIT
 results=$out/results.json
-rm -f "$results" "$out"/{summary.txt,table.json,speed.log,tests.log,sanitizer.log}
+log=$out/run.log
+rm -f "$out"/{results.json,table.json,products.json,sweeps.json,summary.txt,run.log}
 export PYTHONUNBUFFERED=1
 export PATH=$PATH:/usr/local/cuda/bin # nvcc and compute-sanitizer, where a toolkit is not on it already
 export WIDENET_COMMIT=${WIDENET_COMMIT:-$(git -C "$root" rev-parse HEAD 2>/dev/null)}
@@ -70,17 +71,17 @@ cd "$work" || exit 1 # python -m finds what is installed and not the checkout
 
 report() { # NAME STATUS SECONDS LIMIT
   echo "$1: $2, $3 of $4 s"
-  "$python" "$root/benchmarks/gpu_results.py" stage "$results" "$@"
+  "$python" "$root/benchmarks/gpu_results.py" stage "$out" "$@"
 }
 
-refused() { # LOG FROM: what a sanitizer that cannot watch this device says
-  tail -c "+$(($2 + 1))" "$1" | grep -qiE 'device not supported|error 999|LibraryNotLoaded|not supported on (this|the) '
+refused() { # FROM: what a sanitizer that cannot watch this device says
+  tail -c "+$(($1 + 1))" "$log" | grep -qiE 'device not supported|error 999|LibraryNotLoaded|not supported on (this|the) '
 }
 
 status= # of the last stage
-stage() { # NAME LIMIT LOG COMMAND...
-  local name=$1 limit=$2 log=$out/$3 started=$SECONDS from code
-  shift 3
+stage() { # NAME LIMIT COMMAND...
+  local name=$1 limit=$2 started=$SECONDS from code
+  shift 2
   if [ $((end - grace - SECONDS)) -lt "$limit" ]; then limit=$((end - grace - SECONDS)); fi
   if [ "$limit" -lt 5 ]; then
     status="no time"
@@ -97,7 +98,7 @@ stage() { # NAME LIMIT LOG COMMAND...
     124 | 137) status="timed out" ;;
     *) status="failed ($code)" ;;
   esac
-  if [ "${log##*/}" = sanitizer.log ] && [ "$status" != ok ] && refused "$log" "$from"; then status=refused; fi
+  if [[ $name = *check ]] && [ "$status" != ok ] && refused "$from"; then status=refused; fi
   report "$name" "$status" $((SECONDS - started)) "$limit"
 }
 
@@ -118,12 +119,12 @@ versions() { # of what the installation uses, found as setup.py finds it
 }
 
 install() { # into the temporary folder: the machine's Python stays as it is
-  versions >"$out/speed.log" 2>&1
+  versions >"$log" 2>&1
   local pip=("$python" -m pip --disable-pip-version-check install --no-index --no-build-isolation --no-deps)
-  stage install 70 speed.log env WIDENET_CUDA=ON "${pip[@]}" --target "$work/site" "$root"
+  stage install 70 env WIDENET_CUDA=ON "${pip[@]}" --target "$work/site" "$root"
   if [ "$status" != ok ]; then
     rm -rf "$work/site"
-    stage install-pure 12 speed.log env WIDENET_NATIVE=OFF "${pip[@]}" --target "$work/site" "$root"
+    stage install-pure 12 env WIDENET_NATIVE=OFF "${pip[@]}" --target "$work/site" "$root"
   fi
   if [ "$status" != ok ]; then # the packages as they stand in the checkout
     mkdir -p "$work/site"
@@ -131,15 +132,26 @@ install() { # into the temporary folder: the machine's Python stays as it is
     cp -r "$root/benchmarks" "$work/site/widenet_kernels"
   fi
   export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
+  timeout 20 "$python" -m widenet_kernels info >>"$log" 2>&1 # which backends serve what, and why others do not
 }
 
-table() { # PYTHON JSON
-  local shape
-  for shape in widenet-b-256 mixtral fine-grained small; do # each called once side by side: that compiles the kernels
-    "$1" -m widenet_kernels bench --bench layer --shape "$shape" --device cuda --patience 0 >/dev/null 2>&1 &
-  done
+compiled_bench() { # PYTHON BENCHES SHAPES OPTIONS...: called once side by side first, which compiles the kernels
+  local python=$1 benches=$2 shapes=$3 bench shape
+  shift 3
+  for bench in $benches; do
+    for shape in $shapes; do
+      timeout --foreground 25 "$python" -m widenet_kernels bench --device cuda --bench "$bench" --shape "$shape" --patience 0 &
+    done
+  done >/dev/null 2>&1
   wait
-  exec "$1" -m widenet_kernels bench --shape gpu --device cuda --seconds 0.5 --json "$2"
+  exec "$python" -m widenet_kernels bench --device cuda "$@"
+}
+
+bench() { # NAME LIMIT BENCHES SHAPES OPTIONS...: into NAME.json
+  local name=$1 limit=$2
+  shift 2
+  stage "$name" "$limit" bash -c "$(declare -f compiled_bench); compiled_bench \"\$@\"" "$name" \
+    "$python" "$@" --json "$out/$name.json"
 }
 
 run_tests() {
@@ -147,7 +159,7 @@ run_tests() {
     absent tests 105
     return
   fi
-  stage tests 105 tests.log "$python" "$root/benchmarks/gpu_tests.py"
+  stage tests 105 "$python" "$root/benchmarks/gpu_tests.py"
 }
 
 sanitize() {
@@ -161,34 +173,36 @@ sanitize() {
   # without the caching allocator every tensor is an allocation whose ends the sanitizer knows
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   local options=(--error-exitcode 86 --print-limit 20 --target-processes all)
-  stage memcheck 35 sanitizer.log "$sanitizer" --tool memcheck "${options[@]}" "$python" -m "$benchmarks.gpu_sanitize"
+  stage memcheck 35 "$sanitizer" --tool memcheck "${options[@]}" "$python" -m "$benchmarks.gpu_sanitize"
   if [ "$status" = refused ]; then
     report racecheck refused 0 20
   else
-    stage racecheck 20 sanitizer.log "$sanitizer" --tool racecheck "${options[@]}" "$python" -m "$benchmarks.gpu_sanitize"
+    stage racecheck 20 "$sanitizer" --tool racecheck "${options[@]}" "$python" -m "$benchmarks.gpu_sanitize"
   fi
 }
 
 if [ ${#smoke[@]} -gt 0 ]; then
-  stage smoke 50 speed.log "$python" -m "$benchmarks.gpu_sanitize" --json "$results" "${smoke[@]}"
-  stage graph 60 speed.log "$python" -m "$benchmarks.gpu_graph" --json "$results" "${smoke[@]}"
-  stage timings 120 speed.log "$python" -m "$benchmarks.gpu_speed" "$results" "${smoke[@]}" \
-    --only ceilings "WideNet-B routing" "WideNet-B movement"
-  stage table 60 speed.log "$python" -m widenet_kernels bench --bench layer --shape decode-1 --device cpu \
-    --pass forward --seconds 0 --json "$out/table.json"
-  stage fails 5 tests.log "$python" -c 'raise SystemExit(3)'
-  stage hangs 5 tests.log "$python" -c 'import time; time.sleep(60)'
-  stage refuses 5 sanitizer.log bash -c 'echo Device not supported; exit 1'
+  tiny=(--device cpu --shape host --seconds 0 --patience 0.001)
+  stage smoke 50 "$python" -m "$benchmarks.gpu_sanitize" --json "$results" "${smoke[@]}"
+  stage graph 60 "$python" -m "$benchmarks.gpu_graph" --json "$results" "${smoke[@]}"
+  stage table 60 "$python" -m widenet_kernels bench --bench layer "${tiny[@]}" --json "$out/table.json"
+  stage products 120 env TRITON_INTERPRET=1 "$python" -m widenet_kernels bench "${tiny[@]}" \
+    --bench products backward launches tiles-first --json "$out/products.json"
+  stage fails 5 "$python" -c 'raise SystemExit(3)'
+  stage hangs 5 "$python" -c 'import time; time.sleep(60)'
+  stage racecheck 5 bash -c 'echo Device not supported; exit 1'
   absent memcheck 40
 else
   install
-  stage smoke 50 speed.log "$python" -m "$benchmarks.gpu_sanitize" --large --jobs 8 --json "$results"
-  stage graph 30 speed.log "$python" -m "$benchmarks.gpu_graph" --jobs 8 --json "$results"
-  stage timings 58 speed.log "$python" -m "$benchmarks.gpu_speed" "$results"
-  stage table 75 speed.log bash -c "$(declare -f table); table \"\$@\"" table "$python" "$out/table.json"
+  stage smoke 50 "$python" -m "$benchmarks.gpu_sanitize" --large --jobs 8 --json "$results"
+  stage graph 30 "$python" -m "$benchmarks.gpu_graph" --jobs 8 --json "$results"
+  bench table 75 layer "widenet-b-256 mixtral fine-grained small" --shape gpu --seconds 0.5
+  shapes="widenet-b-256 mixtral fine-grained"
+  bench products 55 products "$shapes" --bench products backward launches --shape $shapes --seconds 0.3
   run_tests
-  stage sweeps 40 speed.log "$python" -m "$benchmarks.gpu_speed" "$results" --sweep
+  tiles="tiles-first tiles-second tiles-grad_rows tiles-hidden tiles-weight_1 tiles-weight_2"
+  bench sweeps 43 "$tiles" "$shapes" --bench $tiles --shape $shapes --seconds 0.3
   sanitize
 fi
-"$python" "$root/benchmarks/gpu_results.py" summary "$results" | tee "$out/summary.txt"
+"$python" -m "$benchmarks.gpu_results" summary "$out" | tee "$out/summary.txt"
 ! grep -q '"status": "\(failed\|timed out\)' "$results"

@@ -12,7 +12,7 @@ import torch
 
 import widenet_kernels as wk
 
-from . import ceilings, gpu_sanitize, host, layer, model, results, stages
+from . import ceilings, gemms, gpu_sanitize, host, launches, layer, model, results, stages
 from .results import Section
 from .shapes import DTYPES, Case, Inputs
 from .timing import Budget, Row, clock, measure
@@ -25,11 +25,25 @@ except ModuleNotFoundError:
 LARGEST_ERROR = {"fp64": 1e-9, "fp32": 1e-3, "fp16": 2e-2, "bf16": 6e-2}  # of any row
 Sections = Callable[[Inputs], Iterator[Section]]
 ONCE: Mapping[str, Sections] = {"ceilings": ceilings.sections, "host": host.sections}  # whatever the shape
+PRODUCTS = ("first", "second", "grad_rows", "hidden", "weight_1", "weight_2")  # of a layer, forward and backward
+
+
+def tiles(product: str, inputs: Inputs) -> Iterator[Section]:
+    """Nothing where Triton's kernels do not run."""
+    if "triton" in wk.available_backends("moe_ffn", inputs.device, inputs.dtype):
+        from . import sweeps
+
+        yield from sweeps.sections(product, inputs)
+
+
 BENCHES: Mapping[str, Sections] = {
     **ONCE,
     "layer": layer.sections,
     **{name: functools.partial(stages.sections, name) for name in stages.STAGES},
     "backward": stages.backward,
+    "launches": launches.sections,
+    "products": gemms.sections,
+    **{f"tiles-{product}": functools.partial(tiles, product) for product in PRODUCTS},
     "train_step": model.sections,
 }
 

@@ -3,7 +3,7 @@
 import copy
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +66,6 @@ WIDENET = {
     for size in SIZES
     for images in IMAGES
 }
-WIDENET_B = WIDENET["b", 256]
 TEXT = [Case(f"widenet-text-e{E}", 16 * 512, 768, 3072, E, 2) for E in (4, 8, 16)]
 DECODE = [Case(f"decode-{T}", T, *SIZES["b"], 4, 2, None) for T in (1, 2, 4, 8, 16, 32, 64)]
 OVER_T = [Case(f"tokens-{T}", T, 256, 1024, 4, 2) for T in (256, 1024, 4096, 16384, 65536)]
@@ -184,11 +183,6 @@ class Inputs:
         wide.x, wide.router, wide.grad = (t.to(dtype) for t in (self.x, self.router, self.grad))
         wide.experts = {name: None if t is None else t.to(dtype) for name, t in self.experts.items()}
         return wide
-
-    def rows_of(self) -> Sequence[slice]:
-        """Each expert's served rows."""
-        begins = self.plan.expert_begin.tolist()
-        return [slice(begin, begin + count) for begin, count in zip(begins, self.counts, strict=True)]
 
     def served_rows(self) -> Tensor:
         """[served], int64"""

@@ -188,7 +188,7 @@ def measure(
                 continue
             row["peak_mib"] = clock.peak_bytes(call) / MIB
             if clock.device == "cuda":  # on a CPU that is the call itself
-                row["host_us"] = clock.host_us(call)
+                row["host_us"] = clock.host_us(call) / contender.repeat
             calls[contender.name], row["timed"] = clock.prepare(call, contender.graph)
             samples[contender.name] = []
         except Unavailable as why:

@@ -11,6 +11,8 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
 
+BACKENDS = ("plain torch", "widenet_kernels, triton")
+
 
 def on_gpu(*arguments, **environment):
     command = ["bash", str(ROOT / "benchmarks" / "on_gpu.sh"), *map(str, arguments)]
@@ -39,24 +41,28 @@ def test_stages(tmp_path):
     assert {name: stage["status"] for name, stage in results["stages"].items()} == {
         "smoke": "ok",
         "graph": "ok",
-        "timings": "ok",
         "table": "ok",
+        "products": "ok",
         "fails": "failed (3)",
         "hangs": "timed out",
-        "refuses": "refused",
+        "racecheck": "refused",
         "memcheck": "not there",
     }
     assert done.returncode == 1, done.stderr
-    assert results["machine"]["commit"] == "abc"
     for part in ("smoke", "graph"):
         assert all(row["verdict"].startswith("ok") for row in results[part])
         assert any(row["case"].startswith("triton") for row in results[part])
-    assert results["speed"]["ceilings"][0]["gb_per_s"] > 0
-    for section, stage in (("routing", "route backward"), ("movement", "combine backward")):
-        rows = {row["name"]: row for row in results["speed"][f"WideNet-B {section}"]}
-        assert all(rows[f"{stage}, {backend}"]["host_us"] > 0 for backend in ("reference", "triton"))
+    products = json.loads((tmp_path / "products.json").read_text())["rows"]
+    timed = {(row["bench"], row["pass"], row["contender"]) for row in products if row.get("ms", 0) > 0}
+    both = {(stage, "backward", name) for stage in ("gate", "route", "permute", "combine") for name in BACKENDS}
+    assert both <= timed
+    assert {("launches", "forward", f"gate + plan, {backend}") for backend in ("reference", "triton")} <= timed
+    assert {("second product, gradient of weight", "backward", name) for name in ("dense GEMMs", BACKENDS[1])} <= timed
+    assert any(bench == "tiles-first" and name.startswith("default") for bench, _, name in timed)
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["machine"]["commit"] == "abc"
     assert any(row["kind"] == "ours" and row["ms"] > 0 for row in table["rows"])
-    assert (tmp_path / "summary.txt").read_text() in done.stdout
+    summary = (tmp_path / "summary.txt").read_text()
+    assert summary in done.stdout
+    assert all(line in summary for line in ("second product, gradient of weight host", "layer host", "smoke", "hangs"))
     assert len(list(tmp_path.iterdir())) <= 6

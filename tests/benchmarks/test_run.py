@@ -205,14 +205,32 @@ def test_a_stages_contest(name):
             assert ("torch grouped_mm" in peers) == (name == "grouped_gemm")
 
 
-@pytest.mark.parametrize("bench", ["backward"])
+@pytest.mark.parametrize("bench", ["backward", "launches", "products"])
 def test_what_is_not_measured_by_default(bench):
     for shape in (TINY, TINY._replace(activation="swiglu", capacity_factor=None, bias=False)):
         for section in run.BENCHES[bench](Inputs(shape, "cpu", torch.float32)):
             for row in completed(section):
                 assert "ms" in row, row
                 assert row["relative_error"] is None or row["relative_error"] < 1e-5
-                assert row["relative_error"] is not None or row["kind"] != "ours", row
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("product", run.PRODUCTS)
+def test_tiles(product, activation):
+    """Every candidate takes the default's place, gives its result, and leaves."""
+    from widenet_kernels.benchmarks import sweeps
+
+    inputs = Inputs(TINY._replace(activation=activation), "cpu", torch.float32)
+    for section in run.BENCHES[f"tiles-{product}"](inputs):
+        rows = completed(section, BUDGET._replace(patience=0))  # each is called once
+        launched = [sweeps.grouped_gemm.choose_tile.last[1]]
+        assert len(rows) > 5
+    default, *candidates = rows
+    assert default["contender"].startswith("default ")
+    assert all(row["relative_error"] < 1e-5 for row in candidates)
+    assert [str(tile) for tile in launched] == [candidates[-1]["contender"]]
+    assert sweeps.grouped_gemm.choose_tile is sweeps.moe.choose_tile is sweeps.tiles.choose_tile
 
 
 def test_a_stages_tensors_are_foreseen_and_made_when_there_is_room():
@@ -249,8 +267,8 @@ def test_the_training_step(monkeypatch):
     assert not list(model.sections(Inputs(TINY, "cpu", torch.float32)))
 
 
-def completed(section):
-    return list(results.complete(section, ABOUT, measured(*section.contenders)))
+def completed(section, budget=BUDGET):
+    return list(results.complete(section, ABOUT, measured(*section.contenders, budget=budget)))
 
 
 def plan(**options):

@@ -1,7 +1,12 @@
-"""Tile sizes for every form of GEMM at real shapes: each candidate takes the place of what choose_tile would choose."""
+"""Tile sizes for every form of GEMM: each candidate takes the place of what choose_tile would choose.
 
-from collections.abc import Callable
+Imported when it is asked for, as Triton is.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -9,9 +14,10 @@ from torch import Tensor
 from widenet_kernels.triton import grouped_gemm, moe, tiles
 from widenet_kernels.triton.tiles import Problem, Tile
 
-from .agreement import tensors
-from .gpu_timing import Bench, Work
-from .shapes import FINE_GRAINED, MIXTRAL, WIDENET_B, Case, Inputs
+from .agreement import relative_error, tensors
+from .results import Section
+from .shapes import FINE_GRAINED, MIXTRAL, Inputs
+from .timing import Call, Contender
 
 CANDIDATES = {
     "rows": (
@@ -77,62 +83,65 @@ DESCRIBED = (  # more of form "rows", where nothing is gathered
     Tile(128, 128, 64, 4, 4, described=True),
     Tile(128, 128, 128, 8, 3, described=True),
 )
-TINY = (Tile(16, 16, 16, 4, 1), Tile(32, 16, 16, 4, 1, 2), Tile(32, 32, 16, 4, 1, described=True))
-
-_override: dict[str, Tile] = {}  # form -> the tile to take
-_chosen: dict[str, Tile] = {}  # form -> the tile taken last
-
-
-def choose(problem: Problem, target: str) -> Tile:
-    tile = _override.get(problem.form) or tiles.choose_tile(problem, target)
-    _chosen[problem.form] = tile
-    return tile
+FEWER = {  # by importance, where there is no time for every product
+    MIXTRAL.name: ("first", "second", "hidden", "weight_1"),
+    FINE_GRAINED.name: ("first",),
+}
 
 
-for module in (grouped_gemm, moe):
-    assert hasattr(module, "choose_tile"), f"{module.__name__} chooses its tiles elsewhere"
-    module.choose_tile = choose  # type: ignore[attr-defined]
+class Choice:
+    """Stands in the place of choose_tile, for calls that launch one product."""
 
+    def __init__(self) -> None:
+        self.override: Tile | None = None
+        self.last: tuple[str, Tile]  # the form of the product launched last, and its tile
 
-def with_tile(form: str, tile: Tile, call: Callable[[], Any]) -> Callable[[], Any]:
-    def run() -> Any:
-        _override[form] = tile
-        try:
-            return call()
-        finally:
-            _override.clear()
+    def __call__(self, problem: Problem, target: str) -> Tile:
+        tile = self.override or tiles.choose_tile(problem, target)
+        self.last = (problem.form, tile)
+        return tile
 
-    return run
+    def with_tile(self, tile: Tile, call: Call) -> Call:
+        def run() -> Any:
+            self.override = tile
+            try:
+                return call()
+            finally:
+                self.override = None
+
+        return run
 
 
 class Products:
     """The products of one layer as the backend launches them, on random operands."""
 
-    def __init__(self, case: Case, bench: Bench) -> None:
-        self.case, self.inputs = case, Inputs(case, bench.device, torch.bfloat16)
-        self.plan, self.experts = self.inputs.plan, self.inputs.experts
+    def __init__(self, inputs: Inputs) -> None:
+        self.case, self.inputs = inputs.case, inputs
+        self.plan, self.experts = inputs.plan, inputs.experts
         self.places = (self.plan.expert_begin, self.plan.expert_count)
-        self.served = self.inputs.served_rows()
-        self.flops = 2.0 * self.inputs.served * case.D * case.F
+
+    def flops(self, product: str) -> float:
+        width = self.case.width if product in ("first", "grad_rows", "weight_1") else self.case.F
+        return 2.0 * self.inputs.served * self.case.D * width
 
     def random(self, columns: int) -> Tensor:
         return self.inputs.normal(self.plan.num_rows, columns)
 
-    def first(self) -> Callable[[], Any]:
+    def first(self) -> Call:
         case, (w1, b1) = self.case, (self.experts["w1"], self.experts["b1"])
         gather: dict[str, Any] = {"gather": self.plan.row_choice, "k": case.K, "save": True}
         places = (*self.places, self.plan.num_rows)
         return lambda: grouped_gemm.multiply(self.inputs.x, w1, b1, *places, case.activation, **gather)
 
-    def second(self) -> Callable[[], Any]:
+    def second(self) -> Call:
         hidden, (w2, b2) = self.random(self.case.F), (self.experts["w2"], self.experts["b2"])
         return lambda: grouped_gemm.multiply(hidden, w2, b2, *self.places, self.plan.num_rows)
 
-    def grad_rows(self) -> Callable[[], Any]:
+    def grad_rows(self) -> Call:
         dz, w1 = self.random(self.case.width), self.experts["w1"].transpose(1, 2)
         return lambda: grouped_gemm.multiply(dz, w1, None, *self.places, self.plan.num_rows)
 
-    def hidden(self) -> Callable[[], Any]:
+    def hidden(self) -> Call:
         case, z, grad = self.case, self.random(self.case.width), self.inputs.normal(self.case.T, self.case.D)
         weight, w2 = self.inputs.gate.weight, self.experts["w2"]
         wanted = (True, True, True, case.bias)
@@ -140,11 +149,11 @@ class Products:
             grad, weight, self.plan.row_choice, *self.places, z, w2, case.activation, *wanted
         )[:2]
 
-    def weight_1(self) -> Callable[[], Any]:
+    def weight_1(self) -> Call:
         dz = self.random(self.case.width)
         return self._weight(self.inputs.x, dz, torch.empty_like(self.experts["w1"]), gather="a")
 
-    def weight_2(self) -> Callable[[], Any]:
+    def weight_2(self) -> Call:
         hidden, grad = self.random(self.case.F), self.inputs.normal(self.case.T, self.case.D)
         return self._weight(hidden, grad, torch.empty_like(self.experts["w2"]), gather="b")
 
@@ -158,54 +167,35 @@ class Products:
         return call
 
 
-def sweep(bench: Bench, name: str, case: Case, product: str, form: str, gated: bool, candidates: tuple) -> None:
-    """The candidates by falling speed, each held against the result of the default tile."""
-    products = Products(case, bench)
-    call = getattr(products, product)()
+def sections(product: str, inputs: Inputs) -> Iterator[Section]:
+    """One, during which the candidates are in force."""
+    if product not in FEWER.get(inputs.case.name, (product,)):
+        return
+    one_pass, choice = "forward" if product in ("first", "second") else "backward", Choice()
+    with patch.object(grouped_gemm, "choose_tile", choice), patch.object(moe, "choose_tile", choice):
+        found = contenders(Products(inputs), product, choice)
+        yield Section(f"tiles-{product}", inputs.case, one_pass, found, found[0].name)
+
+
+def contenders(products: Products, product: str, choice: Choice) -> list[Contender]:
+    """The default tile, and the candidates, each held against its result."""
+    call, served = getattr(products, product)(), products.inputs.served_rows()
 
     def compared(result: Any) -> list[Tensor]:  # rows that nobody uses stay unwritten
-        return [t if form == "weight_gathered" else t[products.served] for t in tensors(result) if t.numel()]
+        return [t if product.startswith("weight") else t[served] for t in tensors(result) if t.numel()]
+
+    def error(result: Any) -> float:
+        return relative_error(compared(result), truth)
 
     truth = [t.clone() for t in compared(call())]
-    default = _chosen[form]
-    flops = products.flops * (2 if gated else 1)
-    works = {f"default {default}": Work(call, flops=flops, graph=False)}
-    for tile in candidates:
-        if tile != default:
-            works[str(tile)] = Work(with_tile(form, tile, call), truth, compared, flops=flops, graph=False)
-    rows = bench.timed(works)
-    if bench.fill:
-        return
-    speed = rows[f"default {default}"].get("tflops", 0.0)
-    for row in rows.values():
-        if "tflops" in row and speed:
-            row["speed_of_default"] = row["tflops"] / speed
-    bench.put(name, sorted(rows.values(), key=lambda row: row.get("ms", float("inf"))))
-
-
-def sections(shrink: Callable[[Case], Case], tiny: bool) -> dict[str, Callable[[Bench], None]]:
-    """By importance: (layer, product, its form, whether its result is the two halves of a gated layer)."""
-    wanted = (
-        (WIDENET_B, "first", "rows", False),
-        (WIDENET_B, "second", "rows", False),
-        (WIDENET_B, "hidden", "hidden", False),
-        (WIDENET_B, "weight_1", "weight_gathered", False),
-        (WIDENET_B, "weight_2", "weight_gathered", False),
-        (WIDENET_B, "grad_rows", "rows", False),
-        (MIXTRAL, "first", "glu", True),
-        (MIXTRAL, "second", "rows", False),
-        (MIXTRAL, "hidden", "hidden_glu", False),
-        (MIXTRAL, "weight_1", "weight_gathered", True),
-        (FINE_GRAINED, "first", "glu", True),
-    )
-    made = {}
-    for case, product, form, gated in wanted:
-        name = f"{case.name} {product} ({form})"
-        chosen = CANDIDATES[form] + (DESCRIBED if product in ("second", "grad_rows") else ())
-        chosen = TINY if tiny else chosen
-        made[name] = section(name, shrink(case), product, form, gated, chosen)
-    return made
-
-
-def section(*arguments: Any) -> Callable[[Bench], None]:
-    return lambda bench: sweep(bench, *arguments)
+    form, default = choice.last
+    options: dict[str, Any] = {"flops": products.flops(product), "graph": False}
+    candidates = CANDIDATES[form] + (DESCRIBED if product in ("second", "grad_rows") else ())
+    return [
+        Contender(f"default {default}", "ours", lambda: call, **options),
+        *(
+            Contender(str(tile), "ours", functools.partial(choice.with_tile, tile, call), error, **options)
+            for tile in candidates
+            if tile != default
+        ),
+    ]
