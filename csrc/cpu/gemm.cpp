@@ -19,7 +19,8 @@ using Vector = Lanes<float>::type;
 constexpr int64_t kLanes = Lanes<float>::size;
 constexpr int64_t kTileColumns = 2 * kLanes;
 constexpr int64_t kTileRows = WIDENET_REGISTER_BYTES == 64 ? 12 : 6;  // of 32 or 16 registers, with b and a factor
-constexpr int64_t kDepth = 192;  // at most, of products summed one after the other: the error grows with it
+constexpr int64_t kDepth =
+    WIDENET_REGISTER_BYTES == 64 ? 256 : 192;  // of products summed in turn: the error grows with it
 constexpr int64_t kBlockColumns = 256;
 static_assert(kBlockColumns % kTileColumns == 0);
 
