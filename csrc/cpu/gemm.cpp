@@ -1,11 +1,10 @@
 // out = a b in float sums, for the experts' products where torch's GEMM is slow (csrc/torch/gemm.cpp says where).
 //
 // The scheme of Goto and van de Geijn (2008, ACM TOMS 34.3): a lies packed in tiles of kTileRows rows, k by k, so that
-// a tile's piece of kDepth stays in the first-level cache; a block of b, kDepth x at most kBlockColumns, is packed as
-// the first tile of rows reads it, and stays in the thread's second-level cache; kTileRows x kTileColumns sums stay in
-// registers for a piece.
-// 2 M N K flops; a and b are read once and written once as floats, out is read and written once for each piece of K.
-// The pieces are the same whatever the threads do, so the bits are too.
+// a tile's piece of K, at most kDepth, stays in the first-level cache; a block of b, a piece x at most kBlockColumns,
+// is packed as the first tile of rows reads it, and stays in the thread's second-level cache; kTileRows x kTileColumns
+// sums stay in registers for a piece. 2 M N K flops; a and b are read once and written once as floats, out is read and
+// written once for each piece of K. The pieces are the same whatever the threads do, so the bits are too.
 #include <algorithm>
 #include <utility>
 
@@ -231,7 +230,7 @@ void multiply_task(const GemmArgs& args, Range rows, Range columns) {
   alignas(64) float packed_b[kDepth * kBlockColumns];
   const T* b = static_cast<const T*>(args.b.data) + columns.begin * args.b.column_stride;
   for (Range piece{0, 0}; piece.begin < args.k; piece.begin = piece.end) {
-    piece.end = std::min(piece.begin + kDepth, args.k);
+    piece.end = std::min(piece.begin + args.piece, args.k);
     const T* from = b + piece.begin * args.b.row_stride;
     const Lines<T> lines{from, columns.size(), args.b.column_stride, piece.size(), args.b.row_stride};
     multiply_block(args, rows, columns, piece, lines, packed_b);
@@ -260,8 +259,8 @@ void gemm_pack(const GemmArgs& args, int64_t begin, int64_t end) {
   const int64_t padded = (args.m + kTileRows - 1) / kTileRows * kTileRows;
   dispatch_float(args.type, [&](auto type) {
     const auto* a = static_cast<const decltype(type)*>(args.a.data);
-    for (int64_t first = 0; first < args.k; first += kDepth) {
-      const int64_t depth = std::min(kDepth, args.k - first);
+    for (int64_t first = 0; first < args.k; first += args.piece) {
+      const int64_t depth = std::min(args.piece, args.k - first);
       const int64_t row = begin * kTileRows, rows = std::min(end * kTileRows, args.m) - row;
       const auto* from = a + row * args.a.row_stride + first * args.a.column_stride;
       const Lines<decltype(type)> lines{from, rows, args.a.row_stride, depth, args.a.column_stride};

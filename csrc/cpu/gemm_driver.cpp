@@ -6,6 +6,7 @@
 namespace widenet {
 namespace {
 
+constexpr int64_t kPieceUnit = 16;          // of K: whole vectors of floats, a divisor of every tile's depth
 constexpr int64_t kMostRows = 3072;         // of a, packed at a time
 constexpr int64_t kPackedFloats = 1 << 18;  // so much of a, unless one piece of K is more: it stays in cache
 constexpr int64_t kGrain = 1 << 14;         // elements that a thread packs at least
@@ -20,14 +21,20 @@ Operand operand_from(const Product& product, const Operand& of, int64_t row, int
   return {static_cast<const char*>(of.data) + offset, of.row_stride, of.column_stride};
 }
 
-// Rows and depth of the piece of a that is packed at a time, and the floats for the sums of a narrower out.
+// The length of n nearly equal parts of size, n as small as lets a part be at most `most`; multiples of `unit`.
+int64_t even_part(int64_t size, int64_t most, int64_t unit) {
+  const int64_t parts = std::max(ceil_div(size, most), int64_t{1});
+  return ceil_div(ceil_div(size, parts), unit) * unit;
+}
+
+// What is packed of a at a time, rows x depth, a few pieces of K deep; and the floats for the sums of a narrower out.
 struct Workspace {
-  int64_t rows, depth, sums;
+  int64_t piece, rows, depth, sums;
 
   Workspace(const GemmTile& tile, const Product& product)
-      : rows(std::min(ceil_div(product.m, tile.rows), kMostRows / tile.rows) * tile.rows),
-        depth(std::min(std::max(kPackedFloats / std::max(rows, int64_t{1}) / tile.depth, int64_t{1}) * tile.depth,
-                       product.k)),
+      : piece(even_part(product.k, tile.depth, kPieceUnit)),
+        rows(even_part(product.m, kMostRows / tile.rows * tile.rows, tile.rows)),
+        depth(std::min(std::max(kPackedFloats / std::max(rows * piece, int64_t{1}), int64_t{1}) * piece, product.k)),
         sums(product.out_type == DType::f32 ? 0 : std::min(rows, product.m) * product.n) {}
   int64_t packed() const { return rows * depth; }
 };
@@ -54,6 +61,7 @@ void multiply(const Kernels& kernels, const Product& product, float* packed) {
   GemmArgs args{};
   args.type = product.type;
   args.n = product.n;
+  args.piece = workspace.piece;
   args.packed_a = packed;
   args.sums_stride = narrow ? product.n : product.out_stride;
   args.out_stride = product.out_stride;
