@@ -14,6 +14,9 @@ from widenet_kernels.models import EncoderConfig, WideNetConfig, WideNetTextConf
 Parameters = dict[str, Tensor]
 
 
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
+
+
 class Ways(NamedTuple):
     """One routing: who is served by whom."""
 
@@ -64,7 +67,9 @@ def literal_masked_lm_loss(
     word_losses, order_losses = [], []
     for n, (hidden, order) in enumerate(zip(x, orders, strict=True)):
         for position, word in words[n].items():
-            token = norm(names, "norm", F.gelu(linear(names, "dense", hidden[position])), config)
+            token = norm(
+                names, "norm", ACTIVATIONS[config.activation](linear(names, "dense", hidden[position])), config
+            )
             logits = torch.stack([token @ row for row in embedding]) + names["decoder_bias"]
             word_losses.append(logits.exp().sum().log() - logits[word])
         logits = linear(names, "sentence_order", torch.tanh(linear(names, "pooler", hidden[0])))
@@ -89,7 +94,7 @@ def encoder(p: Parameters, config: EncoderConfig, x: Tensor, lengths: list[int])
         normed = norm(p, norms + "ffn_norm", x, config) if config.pre_norm else x
         tokens = normed.flatten(0, 1)
         if config.dense or (config.moe_layers and depth < config.num_layers - config.moe_layers):
-            hidden = F.gelu(linear(p, f"encoder.ffn{own}.linear1", tokens))
+            hidden = ACTIVATIONS[config.activation](linear(p, f"encoder.ffn{own}.linear1", tokens))
             y = linear(p, f"encoder.ffn{own}.linear2", hidden).view(x.shape)
         else:
             if depth % (config.num_layers // (config.routing_groups or config.num_layers)) == 0:
@@ -141,7 +146,8 @@ def find_ways(p: Parameters, name: str, config: EncoderConfig, x: Tensor, valid:
         demand[expert] += 1
         if count[expert] < room:
             count[expert] += 1
-            served.append((token, expert, probs[token, expert]))
+            total = probs[token, chosen[token]].sum() if config.normalize else 1.0
+            served.append((token, expert, probs[token, expert] / total))
     share = torch.tensor(demand, dtype=x.dtype) / len(queue)
     balance = experts * (share * probs[torch.tensor(valid)].mean(dim=0)).sum()
     return Ways(served, balance, 1 - len(served) / len(queue))
@@ -155,6 +161,6 @@ def serve(p: Parameters, name: str, config: EncoderConfig, x: Tensor, ways: Ways
         if config.authors:
             out = F.gelu(F.gelu(x[token] @ w1 + b1, approximate="tanh") @ w2 + b2, approximate="tanh")
         else:
-            out = F.gelu(x[token] @ w1 + b1) @ w2 + b2
+            out = ACTIVATIONS[config.activation](x[token] @ w1 + b1) @ w2 + b2
         y[token] = y[token] + weight * out
     return torch.stack(y)

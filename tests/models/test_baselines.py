@@ -274,6 +274,13 @@ def test_text_config_says_what_is_wrong(name: str) -> None:
         WideNetTextConfig(**TINY_TEXT | {name: 0})
 
 
+@pytest.mark.parametrize("name", ["gelu_new", "swiglu"])
+def test_activation_is_one_of_four(name: str) -> None:
+    expected = "WideNetTextConfig: activation: expected 'gelu' or 'gelu_tanh' or 'relu' or 'silu', got "
+    with pytest.raises(ValueError, match=expected + repr(name)):
+        WideNetTextConfig.base(activation=name)
+
+
 def test_pooling_is_the_mean_or_the_token() -> None:
     with pytest.raises(ValueError, match="WideNetConfig: pooling: expected 'mean' or 'token', got 'max'"):
         WideNetConfig.base(pooling="max")

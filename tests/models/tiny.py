@@ -36,6 +36,7 @@ BASELINES = {
     "vit-moe": {"share_blocks": False, "moe_layers": 2, "dense_ffn_size": 16},
     "shared-norms": {"share_norms": True},
     "groups": {"num_layers": 4, "routing_groups": 2},
+    "normalized": {"normalize": True, "activation": "silu"},
 }
 TEXT_BASELINES = {
     "albert": {"dense": True, "share_norms": True},
@@ -43,6 +44,8 @@ TEXT_BASELINES = {
     "shared-norms": {"share_norms": True},
     "groups": {"num_layers": 4, "routing_groups": 2},
     "pre-norm": {"pre_norm": True},
+    "normalized": {"normalize": True, "activation": "relu"},
+    "tanh": {"dense": True, "share_norms": True, "activation": "gelu_tanh"},
 }
 
 

@@ -30,6 +30,11 @@ def widened(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation of this name, as :class:`Experts` knows it; not a gated one."""
+    return F.gelu(x, approximate="tanh") if activation == "gelu_tanh" else getattr(F, activation)(x)
+
+
 def init_glorot(layer: nn.Linear | nn.Conv2d, parts: int = 1, bias_std: float = 0.0) -> None:
     """Glorot-uniform weight (each of ``parts`` layers joined into this one by itself), bias N(0, bias_std^2)."""
     for part in layer.weight.chunk(parts):
@@ -63,10 +68,11 @@ class Attention(nn.Module):
 
 
 class DenseFFN(nn.Module):
-    """Linear -> GELU -> Linear in the place of a :class:`MoELayer`, to see what the experts are worth."""
+    """Linear -> activation -> Linear in the place of a :class:`MoELayer`, to see what the experts are worth."""
 
-    def __init__(self, dim: int, ffn_dim: int, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, ffn_dim: int, activation: str = "gelu", dropout: float = 0.0) -> None:
         super().__init__()
+        self.activation = activation
         self.linear1 = nn.Linear(dim, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, dim)
         self.dropout = nn.Dropout(dropout)
@@ -75,7 +81,7 @@ class DenseFFN(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
         """x [..., D] -> y [..., D] and nothing to say about routing; every token is by itself, masked or not."""
-        return self.dropout(self.linear2(self.dropout(F.gelu(self.linear1(x))))), None
+        return self.dropout(self.linear2(self.dropout(activate(self.linear1(x), self.activation)))), None
 
 
 class AuthorsMoELayer(MoELayer):
@@ -99,12 +105,13 @@ def self_attention(config: EncoderConfig) -> Attention:
 def feed_forward(config: EncoderConfig, depth: int) -> MoELayer | DenseFFN:
     """The feed-forward layer of the block at this depth."""
     if depth < config.first_moe_layer:
-        return DenseFFN(config.hidden_size, config.dense_ffn_size or config.ffn_size, config.expert_dropout)
+        ffn_size = config.dense_ffn_size or config.ffn_size
+        return DenseFFN(config.hidden_size, ffn_size, config.activation, config.expert_dropout)
     experts = Experts(
         config.num_experts,
         config.hidden_size,
         config.ffn_size,
-        activation="gelu_tanh" if config.authors else "gelu",
+        activation="gelu_tanh" if config.authors else config.activation,
         dropout=config.dropout if config.authors else config.expert_dropout,
         output_activation="gelu_tanh" if config.authors else None,
     )
@@ -120,6 +127,7 @@ def feed_forward(config: EncoderConfig, depth: int) -> MoELayer | DenseFFN:
         eval_capacity_factor=config.eval_capacity_factor,
         priority="token" if config.authors else config.priority,
         noise_std=config.noise_std,
+        normalize=config.normalize,
         experts=experts,
         backend=config.backend,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 PRIORITIES = ("choice", "token", "score")
 POOLINGS = ("mean", "token")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,9 @@ class EncoderConfig:
             others use its gate weights and its plan (Figure 3 of the paper). None: every block routes. Needs the one
             router of ``share_blocks=True``.
         num_experts, k: E and the choices per token.
+        normalize: divide the gate weights by the sum over a token's k choices; False: as they are, as in WideNet.
+        activation: of the experts and dense FFNs, and of the head that predicts words: "gelu", "gelu_tanh", "relu" or
+            "silu".
         capacity_factor: rows an expert may serve, as a multiple of an even share; None: dropless.
         eval_capacity_factor: the same in evaluation; None: as in training.
         priority: who is served first, "choice", "token" or "score".
@@ -38,7 +42,7 @@ class EncoderConfig:
         layer_norm_eps: of every LayerNorm.
         authors: the exact form of the authors' code: token priority, one slot less per expert, tanh-GELU behind both
             layers of an expert, and ``dropout`` inside the experts instead of on their output. It goes before
-            ``priority`` and ``expert_dropout``.
+            ``activation``, ``priority`` and ``expert_dropout``.
         backend: None (the best there is), "native", "triton" or "reference", for every op of the MoE layer.
 
     Raises:
@@ -58,6 +62,8 @@ class EncoderConfig:
     routing_groups: int | None = None
     num_experts: int = 4
     k: int = 2
+    normalize: bool = False
+    activation: str = "gelu"
     capacity_factor: float | None = 1.2
     eval_capacity_factor: float | None = None
     priority: str = "choice"
@@ -92,6 +98,7 @@ class EncoderConfig:
         if self.k > self.num_experts:
             self._refuse("k", f"1 to {self.num_experts}, the number of experts")
         self._check_choice("priority", PRIORITIES)
+        self._check_choice("activation", ACTIVATIONS)
         for name in ("capacity_factor", "eval_capacity_factor", "noise_std", "aux_loss_weight"):
             value = getattr(self, name)
             if value is None and name != "aux_loss_weight":

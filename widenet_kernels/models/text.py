@@ -56,8 +56,8 @@ class WideNetTextModel(nn.Module):
     """Factorised embedding, the encoder and, if wanted, a pooler.
 
     The embeddings of the word, its position and its segment are added, normalised, dropped out and mapped from
-    ``embedding_size`` to ``hidden_size``, as in ALBERT. The pooler is BERT's. GELU is the exact one, x * Phi(x)
-    (Hendrycks and Gimpel 2016, arXiv 1606.08415), where ALBERT's code approximates it with tanh.
+    ``embedding_size`` to ``hidden_size``, as in ALBERT. The pooler is BERT's. The ``activation`` "gelu" is the exact
+    one, x * Phi(x) (Hendrycks and Gimpel 2016, arXiv 1606.08415); ALBERT's code has "gelu_tanh".
 
     Args:
         config: ``base`` for WideNet, ``albert_base`` and ``bert_base`` for the others.

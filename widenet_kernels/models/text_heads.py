@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from widenet_kernels.models.block import WideNetOutput, widened
+from widenet_kernels.models.block import WideNetOutput, activate, widened
 from widenet_kernels.models.config import WideNetTextConfig
 from widenet_kernels.models.text import WideNetTextModel, check_integers, init_normal
 from widenet_kernels.nn import MoEAux
@@ -46,8 +46,8 @@ def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 class WideNetForMaskedLM(nn.Module):
     """The two tasks of ALBERT's pre-training (Lan et al. 2020, arXiv 1909.11942): masked words, order of sentences.
 
-    Words: Linear to ``embedding_size``, exact GELU, LayerNorm, and the word embedding itself with a bias as the
-    decoder. Order: a Linear on the pooled output, to "in order" and "swapped".
+    Words: Linear to ``embedding_size``, the config's activation, LayerNorm, and the word embedding itself with a bias
+    as the decoder. Order: a Linear on the pooled output, to "in order" and "swapped".
     """
 
     def __init__(self, config: WideNetTextConfig) -> None:
@@ -80,7 +80,7 @@ class WideNetForMaskedLM(nn.Module):
             ValueError, TypeError: naming the argument, what was expected and what came.
         """
         encoded = self.model(input_ids, attention_mask, token_type_ids)
-        hidden = self.norm(F.gelu(self.dense(encoded.hidden)))  # [N, L, embedding_size]
+        hidden = self.norm(activate(self.dense(encoded.hidden), self.config.activation))  # [N, L, embedding_size]
         logits = F.linear(hidden, self.model.word_embedding.weight, self.decoder_bias)
         order_logits = self.sentence_order(encoded.pooled)
         losses = []
