@@ -14,7 +14,7 @@ cp -r tests pyproject.toml "$work" # away from the checkout, whose package would
 for torch in 2.13.0 2.11.0; do
   "$PYTHON" -m venv "$work/venv-$torch"
   pip=("$work/venv-$torch/bin/python" -m pip --disable-pip-version-check -q install)
-  "${pip[@]}" "torch==$torch" numpy pytest pytest-xdist hypothesis mpmath
+  "${pip[@]}" "torch==$torch" numpy pytest pytest-xdist hypothesis mpmath safetensors
   "${pip[@]}" "$wheel"
   cd "$work"
   "venv-$torch/bin/python" -W error -m widenet_kernels info

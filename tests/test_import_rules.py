@@ -20,6 +20,7 @@ ALLOWED = {
     "integrations": {"models", "nn", "ops"},
     "testing": {"routing", "reference", "ops"},
 }
+OPTIONAL = {"safetensors": {"models"}, "transformers": {"integrations"}}  # not installed with us: who may import them
 FREE = {"__init__", "__main__"}  # the exports and the command line see everything
 
 
@@ -57,6 +58,9 @@ def test_imports(path):
         root, _, inner = module.partition(".")
         if root == "triton":
             assert part == "triton", where
+        if root in OPTIONAL:
+            assert part in OPTIONAL[root], where
+            assert not at_top, f"{where} at its top: optional packages are imported when used"
         if root == "torch" or root != "widenet_kernels":
             continue
         other = inner.partition(".")[0]

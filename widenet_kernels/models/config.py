@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 PRIORITIES = ("choice", "token", "score")
 POOLINGS = ("mean", "token")
@@ -48,6 +48,8 @@ class EncoderConfig:
     Raises:
         ValueError: naming the field, what was expected and what came.
     """
+
+    model_type: ClassVar[str]  # the config's name in a file
 
     hidden_size: int = 768
     ffn_size: int = 3072
@@ -163,6 +165,8 @@ class WideNetConfig(EncoderConfig):
         ValueError: naming the field, what was expected and what came.
     """
 
+    model_type = "widenet"
+
     image_size: int = 224
     patch_size: int = 16
     num_channels: int = 3
@@ -240,6 +244,8 @@ class WideNetTextConfig(EncoderConfig):
     Raises:
         ValueError: naming the field, what was expected and what came.
     """
+
+    model_type = "widenet_text"
 
     vocab_size: int = 30_000
     embedding_size: int = 128

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from widenet_kernels.models.block import WideNetEncoder
 from widenet_kernels.models.config import WideNetTextConfig
+from widenet_kernels.models.pretrained import PretrainedModel
 from widenet_kernels.nn import Experts, MoEAux, TopKRouter
 
 INIT_STD = 0.02  # BERT's, who cuts its normal distribution off at two of them; that the router has it is our choice
@@ -52,7 +53,7 @@ def check_integers(model: nn.Module, name: str, tensor: Tensor, shape: tuple[int
         raise ValueError(f"{owner}: {name}: expected {letters} = [{', '.join(map(str, shape))}], got {list(sizes)}")
 
 
-class WideNetTextModel(nn.Module):
+class WideNetTextModel(PretrainedModel):
     """Factorised embedding, the encoder and, if wanted, a pooler.
 
     The embeddings of the word, its position and its segment are added, normalised, dropped out and mapped from
@@ -63,6 +64,9 @@ class WideNetTextModel(nn.Module):
         config: ``base`` for WideNet, ``albert_base`` and ``bert_base`` for the others.
         pooler: False for heads that do not use it, so that every parameter gets a gradient.
     """
+
+    config_class = WideNetTextConfig
+    config: WideNetTextConfig
 
     def __init__(self, config: WideNetTextConfig, pooler: bool = True) -> None:
         super().__init__()
@@ -109,6 +113,10 @@ class WideNetTextModel(nn.Module):
         x, aux_loss, routing = self.encoder(x, mask)
         pooled = None if self.pooler is None else self.pooler(x[:, 0]).tanh()
         return WideNetTextOutput(x, pooled, aux_loss, routing)
+
+    @classmethod
+    def for_tensors(cls, config: WideNetTextConfig, tensors: dict[str, Tensor]) -> "WideNetTextModel":
+        return cls(config, pooler="pooler.weight" in tensors)
 
     def _padding_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """[N, L] bool, False at padding, after a look at both arguments; None: there is no padding."""

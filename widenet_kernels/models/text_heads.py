@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from widenet_kernels.models.block import WideNetOutput, activate, widened
 from widenet_kernels.models.config import WideNetTextConfig
+from widenet_kernels.models.pretrained import PretrainedModel
 from widenet_kernels.models.text import WideNetTextModel, check_integers, init_normal
 from widenet_kernels.nn import MoEAux
 
@@ -43,12 +44,15 @@ def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
-class WideNetForMaskedLM(nn.Module):
+class WideNetForMaskedLM(PretrainedModel):
     """The two tasks of ALBERT's pre-training (Lan et al. 2020, arXiv 1909.11942): masked words, order of sentences.
 
     Words: Linear to ``embedding_size``, the config's activation, LayerNorm, and the word embedding itself with a bias
     as the decoder. Order: a Linear on the pooled output, to "in order" and "swapped".
     """
+
+    config_class = WideNetTextConfig
+    config: WideNetTextConfig
 
     def __init__(self, config: WideNetTextConfig) -> None:
         super().__init__()
@@ -96,8 +100,11 @@ class WideNetForMaskedLM(nn.Module):
         return WideNetMaskedLMOutput(loss, logits, order_logits, encoded.aux_loss, encoded.routing)
 
 
-class WideNetForSequenceClassification(nn.Module):
+class WideNetForSequenceClassification(PretrainedModel):
     """A class for each text: dropout and a Linear on the pooled output (Devlin et al. 2019, arXiv 1810.04805)."""
+
+    config_class = WideNetTextConfig
+    config: WideNetTextConfig
 
     def __init__(self, config: WideNetTextConfig) -> None:
         super().__init__()
@@ -132,12 +139,15 @@ class WideNetForSequenceClassification(nn.Module):
         return WideNetOutput(loss, logits, encoded.aux_loss, encoded.routing)
 
 
-class WideNetForQuestionAnswering(nn.Module):
+class WideNetForQuestionAnswering(PretrainedModel):
     """Where in the text the answer starts and ends: one Linear to both logits (Devlin et al. 2019, section 4.2).
 
     It has no pooler: the rest of a pre-trained model is loaded with
     ``answering.model.load_state_dict(pretrained.model.state_dict(), strict=False)``.
     """
+
+    config_class = WideNetTextConfig
+    config: WideNetTextConfig
 
     def __init__(self, config: WideNetTextConfig) -> None:
         super().__init__()

@@ -6,15 +6,19 @@ from torch import Tensor, nn
 
 from widenet_kernels.models.block import WideNetEncoder, WideNetOutput, init_glorot, widened
 from widenet_kernels.models.config import WideNetConfig
+from widenet_kernels.models.pretrained import PretrainedModel
 
 
-class WideNetForImageClassification(nn.Module):
+class WideNetForImageClassification(PretrainedModel):
     """Patch embedding, the encoder, the mean over all positions or the first one, and a classifier.
 
     A ViT, a ViT-MoE and what lies between are configurations of it: see :class:`WideNetConfig`. As in the authors' code
     a first position of zeros, which is not trained, stands before the patches; only its position embedding tells it
     from them.
     """
+
+    config_class = WideNetConfig
+    config: WideNetConfig
 
     def __init__(self, config: WideNetConfig) -> None:
         super().__init__()
