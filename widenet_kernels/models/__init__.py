@@ -10,6 +10,7 @@ from widenet_kernels.models.text_heads import (
     WideNetMaskedLMOutput,
     WideNetQuestionAnsweringOutput,
 )
+from widenet_kernels.models.upcycle import upcycle_albert, upcycle_vit
 from widenet_kernels.models.vision import WideNetForImageClassification
 
 __all__ = [
@@ -27,4 +28,6 @@ __all__ = [
     "WideNetTextConfig",
     "WideNetTextModel",
     "WideNetTextOutput",
+    "upcycle_albert",
+    "upcycle_vit",
 ]
