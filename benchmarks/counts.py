@@ -12,11 +12,10 @@ def layer_flops(case: Case, served: int) -> float:
     return 2.0 * served * case.D * (case.width + case.F)
 
 
-def layer_bytes(case: Case, element: int) -> float:
-    """Tokens, parameters and results of one forward pass; with the backward, as much again for their gradients."""
-    biases = case.E * (case.width + case.D) if case.bias else 0
-    parameters = case.E * case.D * (case.width + case.F + 1) + biases
-    return float(element * (2 * case.T * case.D + parameters))
+def layer_bytes(case: Case, element: int, experts: int) -> float:
+    """Tokens, results, router and so many experts: in a forward pass those that serve, in a backward all gradients."""
+    of_expert = case.D * (case.width + case.F) + (case.width + case.D if case.bias else 0)
+    return float(element * (2 * case.T * case.D + case.E * case.D + experts * of_expert))
 
 
 def routing_bytes(case: Case, num_rows: int, element: int) -> dict[str, float]:

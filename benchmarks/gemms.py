@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,11 +39,11 @@ class Gemm(NamedTuple):
     def flops(self) -> float:
         return 2.0 * self.inputs.served * self.depth * self.width
 
-    @property
-    def nbytes(self) -> float:
-        """Of each of its three products: the rows, the weight, the result, whichever of them is computed."""
-        weights = self.inputs.case.E * self.depth * self.width
-        return float(self.inputs.x.element_size() * (self.inputs.served * (self.depth + self.width) + weights))
+    def nbytes(self, wanted: Sequence[str]) -> float:
+        """Of one of its three products: the rows, the weights, the result, whichever of them is computed."""
+        experts = self.inputs.case.E if "weight" in wanted else self.inputs.serving  # who serves nobody is not read
+        rows = self.inputs.served * (self.depth + self.width)
+        return float(self.inputs.x.element_size() * (rows + experts * self.depth * self.width))
 
     def operands(self, wanted: Sequence[str]) -> Operands:
         """``wanted``: by what is differentiated."""
@@ -81,10 +81,10 @@ def first_layer(inputs: Inputs) -> Stage:
     case, size = inputs.case, inputs.x.element_size()
     gemm = Gemm(inputs, "w1", "b1", case.activation)
     # served rows in and out, the weights; backward: the gradient, the rows and the weights in, two gradients out
-    weights = case.E * case.width * (case.D + bool(case.bias))
-    forward = Work(float(size * (inputs.served * (case.D + case.F) + weights)), gemm.flops)
-    again = size * (inputs.served * (2 * case.D + case.F + case.width) + 2 * weights)
-    memory = peers.rows_bytes(inputs, inputs.served) + 2 * counts.layer_bytes(case, size)
+    weight = case.width * (case.D + bool(case.bias))  # of one expert; of those that serve nobody the gradient alone
+    forward = Work(float(size * (inputs.served * (case.D + case.F) + inputs.serving * weight)), gemm.flops)
+    again = size * (inputs.served * (2 * case.D + case.F + case.width) + (inputs.serving + case.E) * weight)
+    memory = peers.rows_bytes(inputs, inputs.served) + 2 * counts.layer_bytes(case, size, case.E)
 
     def limit(one_pass: str) -> Contender:
         work = passes[one_pass]
@@ -107,7 +107,7 @@ def sections(inputs: Inputs) -> Iterator[Section]:
         for wanted in ((), ("rows",), ("weight",)):
             one_pass = "backward" if wanted else "forward"
             limit = functools.partial(dense, gemm, wanted)
-            stage = gemm.stage({one_pass: Work(gemm.nbytes, gemm.flops)}, limit, wanted)
+            stage = gemm.stage({one_pass: Work(gemm.nbytes(wanted), gemm.flops)}, limit, wanted)
             name = ", gradient of ".join((layer, *wanted))
             found = section(name, stage, inputs, one_pass)
             # plain torch multiplies all rows by every expert's weight
@@ -126,12 +126,15 @@ def dense(gemm: Gemm, wanted: Sequence[str], one_pass: str) -> Contender:
         a, b = {"rows": (grad, weight.t()), "weight": (rows.t(), grad)}.get("".join(wanted), (rows, weight))
         return functools.partial(torch.mm, a, b, out=a.new_empty(a.shape[0], b.shape[1]))
 
-    counted: dict[str, Any] = {"flops": gemm.flops, "nbytes": gemm.nbytes, "work": gemm.flops}
-    return Contender(limits.DENSE, "limit", build, memory=2 * gemm.nbytes, **counted)
+    nbytes = gemm.nbytes(wanted)
+    return Contender(
+        limits.DENSE, "limit", build, flops=gemm.flops, nbytes=nbytes, work=gemm.flops, memory=2 * nbytes
+    )  # fmt: skip
 
 
 def whole(gemm: Gemm) -> Contender:
     """Ours with bias and activation."""
     way = Way(functools.partial(gemm.call, None), functools.partial(gemm.operands, ()))
-    counted: dict[str, Any] = {"flops": gemm.flops, "nbytes": gemm.nbytes, "memory": 2 * gemm.nbytes}
-    return Contender(f"{OURS}, bias and activation", "ours", way.forward, **counted)
+    nbytes = gemm.nbytes(())
+    name = f"{OURS}, bias and activation"
+    return Contender(name, "ours", way.forward, flops=gemm.flops, nbytes=nbytes, memory=2 * nbytes)

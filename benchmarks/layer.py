@@ -38,7 +38,8 @@ class Contest:
         inputs, case = self.inputs, self.inputs.case
         both = direction != "forward"
         flops = counts.layer_flops(case, inputs.served) * (3 if both else 1)
-        nbytes = counts.layer_bytes(case, inputs.x.element_size()) * (2 if both else 1)
+        passes = (inputs.serving, case.E) if both else (inputs.serving,)
+        nbytes = sum(counts.layer_bytes(case, inputs.x.element_size(), experts) for experts in passes)
         counted: dict[str, Any] = {"flops": flops, "nbytes": nbytes}
         memory = peers.rows_bytes(inputs, inputs.served)
         held = 3 * nbytes  # what is counted, and the same twice as wide for the truth

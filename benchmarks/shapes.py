@@ -143,6 +143,7 @@ class Inputs:
         self.counts: list[int] = self.plan.expert_count.tolist()
         self.demand: list[int] = self.plan.expert_demand.tolist()
         self.served = sum(self.counts)
+        self.serving = sum(count > 0 for count in self.counts)  # experts
 
     def random(self, *size: int, scale: float = 1.0) -> Tensor:
         """Normal, in fp32."""

@@ -185,7 +185,7 @@ def test_without_a_backward_no_gradients_are_foreseen_and_none_computed():
     inputs = Inputs(TINY, "cpu", torch.float32)
     contest = layer.Contest(inputs)
     forward, both = ({c.name: c for c in contest.contenders(way)} for way in layer.DIRECTIONS)
-    gradients = counts.layer_bytes(TINY, 4) * 3  # of the layer and, twice as wide, of the truth
+    gradients = counts.layer_bytes(TINY, 4, TINY.E) * 3  # of the layer and, twice as wide, of the truth
     assert both["torch loop"].memory - forward["torch loop"].memory == gradients
     assert list(contest.truth(False, False)) == ["y"]
     assert torch.equal(contest.truth(False, False)["y"], contest.truth(False, True)["y"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from widenet_kernels.benchmarks import counts, shapes
+from widenet_kernels.benchmarks import counts, gemms, layer, shapes
 from widenet_kernels.benchmarks.shapes import Case, Inputs
 from widenet_kernels.models import WideNetConfig
 
@@ -55,7 +55,32 @@ def test_flops_of_a_layer():
 def test_bytes_of_a_layer(bias):
     inputs = Inputs(Case("counted", 40, 16, 24, 4, 2, bias=bias), "cpu", torch.float32)
     tensors = [inputs.x, inputs.grad, inputs.router, *(t for t in inputs.experts.values() if t is not None)]
-    assert counts.layer_bytes(inputs.case, 4) == sum(4 * t.numel() for t in tensors)  # y is as large as its gradient
+    assert counts.layer_bytes(inputs.case, 4, 4) == sum(4 * t.numel() for t in tensors)  # y is as large as its gradient
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_experts_that_serve_nobody_are_not_read_but_have_gradients(bias):
+    inputs = Inputs(Case("one token", 1, 16, 24, 4, 2, bias=bias), "cpu", torch.float32)
+    case, serving = inputs.case, [expert for expert, count in enumerate(inputs.counts) if count]
+    assert len(serving) == inputs.serving == 2
+    read = sum(4 * t[serving].numel() for t in inputs.experts.values() if t is not None)
+    written = sum(4 * t.numel() for t in inputs.experts.values() if t is not None)
+    around = 4 * (inputs.x.numel() + inputs.grad.numel() + inputs.router.numel())
+    forward, both = (contest.nbytes for contest in map(layer_row(inputs), layer.DIRECTIONS))
+    assert forward == around + read
+    assert both == forward + around + written
+    first = gemms.first_layer(inputs).passes
+    parameters = case.width * (case.D + bool(bias))
+    rows = inputs.served
+    assert first["forward"].nbytes == 4 * (rows * (case.D + case.F) + 2 * parameters)
+    assert first["backward"].nbytes == 4 * (rows * (2 * case.D + case.F + case.width) + (2 + 4) * parameters)
+    gemm = gemms.Gemm(inputs, "w2")
+    moved = {wanted: gemm.nbytes(wanted) / 4 - rows * (case.F + case.D) for wanted in ((), ("rows",), ("weight",))}
+    assert moved == {(): 2 * 24 * 16, ("rows",): 2 * 24 * 16, ("weight",): 4 * 24 * 16}
+
+
+def layer_row(inputs):
+    return lambda direction: layer.Contest(inputs).contenders(direction)[0]
 
 
 def test_bytes_of_the_stages():
