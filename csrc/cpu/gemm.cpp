@@ -137,12 +137,13 @@ template <class T>
 struct Unpacked {
   const T* from;
   int64_t stride;
-  float* panel;
+  float* panel;  // or null: no other tile of rows will read it
   void read(int64_t p, Vector& b0, Vector& b1) const {
     const T* row = from + p * stride;
     for (int64_t i = 0; i < kTileColumns; i += 64 / sizeof(T)) prefetch(row + kTileColumns + i);
     b0 = load<float>(row);
     b1 = load<float>(row + kLanes);
+    if (!panel) return;
     std::memcpy(panel + p * kTileColumns, &b0, sizeof(b0));
     std::memcpy(panel + p * kTileColumns + kLanes, &b1, sizeof(b1));
   }
@@ -173,14 +174,14 @@ __attribute__((noinline)) void multiply(int64_t depth, const float* __restrict a
   }
 }
 
-// As much of a tile as the rows need, by thirds.
+// As much of a tile as the rows need, by thirds; but four rows at least: in fewer the sums wait for each other.
 template <class B>
 void multiply_rows(int64_t depth, const float* a, const B b, float* out, int64_t stride, bool accumulate,
                    int64_t rows) {
   constexpr int64_t third = kTileRows / 3;
-  const auto form = rows > 2 * third ? multiply<kTileRows, B>
-                    : rows > third   ? multiply<2 * third, B>
-                                     : multiply<third, B>;
+  const auto form = rows > 2 * third            ? multiply<kTileRows, B>
+                    : rows > third || third < 4 ? multiply<2 * third, B>
+                                                : multiply<third, B>;
   form(depth, a, b, out, stride, accumulate, rows);
 }
 
@@ -217,7 +218,7 @@ void multiply_block(const GemmArgs& args, Range rows, Range columns, Range piece
                       std::min(kTileRows, rows.end - i), columns.size() - j);
       };
       if (i == rows.begin && j < on_the_way) {
-        tile(Unpacked<T>{b.from + j, b.depth_stride, panel});
+        tile(Unpacked<T>{b.from + j, b.depth_stride, rows.size() > kTileRows ? panel : nullptr});
       } else {
         tile(Packed{panel});
       }

@@ -5,7 +5,7 @@
 
 namespace widenet {
 
-// out [M, N] (+)= a [M, K] b [K, N], summed in float; rows of out are out_stride apart, its columns neighbours.
+// out [M, N] (+)= a [M, K] b [K, N], K > 0, summed in float; rows of out are out_stride apart, its columns neighbours.
 struct Product {
   DType type;  // of a and b: f32, bf16 or f16
   int64_t m, n, k;
