@@ -52,9 +52,9 @@ def load_split() -> Digits:
     return Digits(images[train], labels[train], images[held_out], labels[held_out])
 
 
-def warp(images: Tensor) -> Tensor:
+def warp(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Each image turned, stretched, slanted and moved by its own small random map: no two epochs see the same ones."""
-    maps = torch.eye(2, 3) + WARP * torch.randn(len(images), 2, 3)
+    maps = torch.eye(2, 3) + WARP * torch.randn(len(images), 2, 3, generator=generator)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # + 1: what comes from outside is 0, background
 
