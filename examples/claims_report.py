@@ -1,0 +1,212 @@
+"""The table of the variants, and what the runs say about each claim of the paper (arXiv 2107.11817)."""
+
+import math
+import statistics
+from typing import NamedTuple
+
+from claims_grid import VARIANTS
+from claims_training import Record
+from scipy.stats import t as student
+
+CONFIDENCE = 0.95
+NO_NUMBER = "no number"
+
+
+class Claim(NamedTuple):
+    """That a variant does better than another, and what the paper has for it: top-1 in Tables 1, 3 and 4, averages of
+    Table 2, Figures 2 to 5."""
+
+    text: str
+    better: str
+    worse: str
+    paper: dict[str, str]  # of each task that it is about
+    measures: tuple[str, ...] = ("accuracy", "loss")
+
+
+CLAIMS = (
+    Claim(
+        "individual LayerNorms beat shared ones",
+        "widenet",
+        "shared-norms",
+        {"digits": "B 77.5 > 76.3, L 79.5 > 78.3, H 80.1 > 76.6", "text": NO_NUMBER},
+    ),
+    Claim("and so they do without experts", "dense", "dense-shared-norms", {"digits": NO_NUMBER, "text": NO_NUMBER}),
+    Claim(
+        "experts beat a dense FFN where blocks share",
+        "widenet",
+        "dense",
+        {"digits": "L 79.5 > 76.9, H 80.1 > 79.0", "text": NO_NUMBER},
+    ),
+    Claim("and one with as many FLOPs", "widenet", "dense-wide", {"digits": "L 79.5 > 75.8", "text": NO_NUMBER}),
+    Claim("WideNet beats ALBERT", "widenet", "dense-shared-norms", {"text": "84.7 > 84.0"}),
+    Claim(
+        "WideNet beats ViT-MoE, which shares nothing",
+        "widenet",
+        "unshared-moe",
+        {"digits": "L 79.5 > 77.4, but B 77.5 < 77.9", "text": NO_NUMBER},
+    ),
+    Claim(
+        "WideNet beats ViT and BERT, which share nothing",
+        "widenet",
+        "unshared-dense",
+        {"digits": "L 79.5 > 77.5, but B 77.5 < 78.6", "text": "84.7 < 85.0; with 8 experts 85.2 > 85.0"},
+    ),
+    Claim("on images 16 experts do worse than 4", "widenet", "experts-16", {"digits": "77.8 > 76.6"}),
+    Claim(
+        "though better in training: they overfit",
+        "experts-16",
+        "widenet",
+        {"digits": "70.2 > 66.8"},
+        ("train_accuracy", "train_loss"),
+    ),
+    Claim("on text 8 experts do better than 4", "experts-8", "widenet", {"text": "85.2 > 84.7"}),
+    Claim("on text 16 experts do better than 4", "experts-16", "widenet", {"text": "85.8 > 84.7"}),
+    Claim(
+        "a routing for each block beats one for each two",
+        "widenet",
+        "groups-2",
+        {"digits": "77.5 > 76.1 (12 against 6 groups)", "text": NO_NUMBER},
+    ),
+    Claim(
+        "and one for all blocks",
+        "widenet",
+        "groups-1",
+        {"digits": "77.5 > 72.0 (12 against 2 groups)", "text": NO_NUMBER},
+    ),
+    Claim("top-2 beats top-1", "widenet", "top-1", {"digits": NO_NUMBER, "text": NO_NUMBER}),
+    Claim("capacity factor 1.2 beats 1.0", "widenet", "capacity-1.0", {"digits": NO_NUMBER, "text": NO_NUMBER}),
+    Claim("2.0 beats 1.2", "capacity-2.0", "widenet", {"digits": NO_NUMBER, "text": NO_NUMBER}),
+    Claim("to drop nothing beats 1.2", "dropless", "widenet", {"digits": NO_NUMBER, "text": NO_NUMBER}),
+    Claim(
+        "WideNet's LayerNorms differ more than ViT's",
+        "widenet",
+        "unshared-dense",
+        {"digits": "gamma 3.5e-4 > 2.6e-4, beta 1.9e-4 > 1.0e-4", "text": NO_NUMBER},
+        ("gamma", "beta"),
+    ),
+)
+
+
+class Verdict(NamedTuple):
+    mean: float
+    margin: float  # half of the confidence interval
+    word: str
+
+
+def judge(differences: list[float]) -> Verdict:
+    """Positive differences speak for the claim, one for each seed.
+
+    It shows, or its opposite does, where 0 is outside of Student's confidence interval of the mean difference.
+    """
+    mean, count = statistics.fmean(differences), len(differences)
+    margin = math.inf
+    if count > 1:
+        deviation = statistics.stdev(differences) / math.sqrt(count)
+        margin = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation
+    word = "shows" if mean > margin else "opposite" if mean < -margin else "not decided"
+    return Verdict(mean, margin, word)
+
+
+def measured(result: Record, name: str) -> float:
+    """A number of a run's end; the divergence of its LayerNorms is the mean over depths."""
+    if name in ("gamma", "beta"):
+        return statistics.fmean(result["divergence"][name])
+    return result["history"][-1][name]
+
+
+def by_seed(results: list[Record], task: str, variant: str, name: str) -> dict[int, float]:
+    return {
+        result["settings"]["seed"]: measured(result, name)
+        for result in results
+        if (result["settings"]["task"], result["settings"]["variant"]) == (task, variant)
+    }
+
+
+def judge_claim(results: list[Record], task: str, claim: Claim, name: str) -> Verdict | None:
+    """None where a variant of the claim was not run."""
+    better, worse = (by_seed(results, task, variant, name) for variant in (claim.better, claim.worse))
+    sign = -1 if name.endswith("loss") else 1
+    differences = [sign * (better[seed] - worse[seed]) for seed in better.keys() & worse.keys()]
+    return judge(differences) if differences else None
+
+
+def number(name: str, value: float, margin: float | None = None, sign: str = "") -> str:
+    """A measure in its unit: accuracies in per cent, divergences in 1e-3, losses as they are."""
+    scale, digits = (100, 1) if name.endswith("accuracy") else (1000, 1) if name in ("gamma", "beta") else (1, 3)
+    text = f"{scale * value:{sign}.{digits}f}"
+    return text if margin is None or math.isinf(margin) else f"{text} ± {scale * margin:.{digits}f}"
+
+
+def spread(name: str, values: list[float]) -> str:
+    return number(name, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table(results: list[Record], task: str) -> str:
+    """A line for each variant."""
+    names = ["accuracy", "loss", "train_accuracy", "train_loss"]
+    heads = ["variant", "parameters", "accuracy, %", "loss", "in training, %", "loss"]
+    if task == "text":
+        names.append("order_accuracy")
+        heads.append("order, %")
+    rows = []
+    for variant, (label, _) in VARIANTS.items():
+        runs = [run for run in results if (run["settings"]["task"], run["settings"]["variant"]) == (task, variant)]
+        if not runs:
+            continue
+        dropped = [statistics.fmean(run["dropped"]) for run in runs if run["dropped"] is not None]
+        rows.append(
+            [label, f"{runs[0]['parameters']:,}"]
+            + [spread(name, [measured(run, name) for run in runs]) for name in names]
+            + [f"{statistics.fmean(dropped):.1%}" if dropped else "-"]
+            + [f"{statistics.fmean(run['seconds'] for run in runs):.0f}"]
+        )
+    return markdown([*heads, "dropped", "s/run"], rows)
+
+
+def claims_table(results: list[Record], task: str) -> tuple[str, dict[str, list[str]]]:
+    """What is said of each claim, and which ones each verdict holds for."""
+    rows: list[list[str]] = []
+    words: dict[str, list[str]] = {}
+    for claim in CLAIMS:
+        verdicts = {name: judge_claim(results, task, claim, name) for name in claim.measures if task in claim.paper}
+        if not verdicts or None in verdicts.values():
+            continue
+        cells = [
+            f"{name.removeprefix('train_')} {number(name, verdict.mean, verdict.margin, '+')}: {verdict.word}"
+            for name, verdict in verdicts.items()
+        ]
+        rows.append([claim.text, f"{VARIANTS[claim.better].label} vs {VARIANTS[claim.worse].label}"])
+        rows[-1] += [claim.paper[task], *cells]
+        word = " / ".join(dict.fromkeys(verdict.word for verdict in verdicts.values()))
+        words.setdefault(word, []).append(claim.text)
+    return markdown(["claim", "compared", "paper", "here", "here"], rows), words
+
+
+def report(results: list[Record]) -> str:
+    """Markdown: for each task the variants, the claims, and the claims sorted by what became of them."""
+    parts = []
+    for task in dict.fromkeys(result["settings"]["task"] for result in results):
+        own = [result for result in results if result["settings"]["task"] == task]
+        seeds = len({result["settings"]["seed"] for result in own})
+        claims, words = claims_table(results, task)
+        parts += [f"## {task}, {seeds} seed{'s' if seeds > 1 else ''}", table(results, task)]
+        parts.append(SPREAD)
+        if words:
+            parts += [claims, RULE, "\n".join(f"- {word}: {'; '.join(texts)}" for word, texts in words.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+SPREAD = (
+    "Mean ± standard deviation over the seeds, at the end of the training; in training: on the batches of its last "
+    "quarter, as the network gets them."
+)
+RULE = (
+    "Differences are in favour of the claim where positive; accuracy in points, gamma and beta in 1e-3. They are "
+    f"paired by seed: mean ± half of the {CONFIDENCE:.0%} confidence interval (Student's t). A claim shows, or its "
+    "opposite does, where 0 is outside of it; where nothing is different, each does for one comparison in forty."
+)
