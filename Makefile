@@ -3,17 +3,21 @@
 
 PYTHON ?= python3
 EPOCHS ?= 30
-OUT ?= out/digits
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt requirements-nvcc.txt $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test report bench lint wheel test-install test-abi clean
+.PHONY: demo claims test report bench lint wheel test-install test-abi clean
 
+demo: OUT ?= out/digits
 demo: $(VENV)/installed  ## train a WideNet on real handwritten digits through the compiled ops
 	$(BIN)/python examples/train_digits.py --epochs $(EPOCHS) --out $(OUT)
+
+claims: OUT ?= out/claims
+claims: $(VENV)/installed  ## the paper's ablations on digits and text, a table and pictures; half an hour, resumed if cut off
+	$(BIN)/python examples/paper_claims.py --out $(OUT)
 
 test: $(VENV)/installed  ## the whole test suite, sanitizers included; then the Triton kernels under their interpreter
 	$(BIN)/python -m pytest -n 2 --dist loadfile
