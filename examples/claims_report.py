@@ -168,6 +168,12 @@ def table(results: list[Record], task: str) -> str:
     return markdown([*heads, "dropped", "s/run"], rows)
 
 
+def summed_up(verdicts: dict[str, Verdict]) -> str:
+    """One word where all measures agree, else each measure's."""
+    words = {verdict.word for verdict in verdicts.values()}
+    return words.pop() if len(words) == 1 else ", ".join(f"{name} {verdict.word}" for name, verdict in verdicts.items())
+
+
 def claims_table(results: list[Record], task: str) -> tuple[str, dict[str, list[str]]]:
     """What is said of each claim, and which ones each verdict holds for."""
     rows: list[list[str]] = []
@@ -182,8 +188,7 @@ def claims_table(results: list[Record], task: str) -> tuple[str, dict[str, list[
         ]
         rows.append([claim.text, f"{VARIANTS[claim.better].label} vs {VARIANTS[claim.worse].label}"])
         rows[-1] += [claim.paper[task], *cells]
-        word = " / ".join(dict.fromkeys(verdict.word for verdict in verdicts.values()))
-        words.setdefault(word, []).append(claim.text)
+        words.setdefault(summed_up(verdicts), []).append(claim.text)
     return markdown(["claim", "compared", "paper", "here", "here"], rows), words
 
 

@@ -14,6 +14,9 @@ import pathlib
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 
 from claims_grid import FULL, SHORT, VARIANTS, Run, grid
 from claims_plots import save_plots
@@ -38,16 +41,22 @@ def options() -> argparse.ArgumentParser:
 
 
 def execute_all(runs: list[Run], workers: int) -> Iterator[None]:
-    """Yields behind each run. The workers inherit that Ctrl-C is not for them; this process ends them."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pool = multiprocessing.get_context("spawn").Pool(min(workers, len(runs)))
+    """Yields behind each run. Whatever ends it early, Ctrl-C too, ends the workers with what they are at."""
+    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the workers inherit: Ctrl-C is not for them
+    futures = [executor.submit(run.execute) for run in runs]
     signal.signal(signal.SIGINT, handler)
-    with pool:
-        yield from pool.imap_unordered(Run.execute, runs)
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        executor.shutdown(cancel_futures=True)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run what is missing, tabulate, draw; 0 whatever came out, 130 after Ctrl-C."""
+    """Run what is missing, tabulate, draw; 0 whatever came out, 130 after Ctrl-C, 1 if a worker died."""
     parser = options()
     args = parser.parse_args(argv)
     for name in ("seeds", "workers"):
@@ -60,16 +69,15 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them in {args.out} already")
-    if missing:
-        try:
-            for _ in tqdm(
-                execute_all(missing, args.workers), total=len(missing), unit="run", smoothing=0, disable=None
-            ):
+    try:
+        with closing(execute_all(missing, args.workers)) as finished:
+            for _ in tqdm(finished, total=len(missing), unit="run", smoothing=0, disable=None):
                 pass
-        except KeyboardInterrupt:
-            left = sum(run.result() is None for run in runs)
-            print(f"interrupted: {len(runs) - left} of {len(runs)} runs are done; the same command goes on from there")
-            return INTERRUPTED
+    except (KeyboardInterrupt, BrokenProcessPool) as error:
+        done = sum(run.result() is not None for run in runs)
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else "a worker died"
+        print(f"{what}: {done} of {len(runs)} runs are done; the same command goes on from there")
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
     results = [run.result() for run in runs]
     text = report(results)
     (args.out / "claims.md").write_text(text)

@@ -2,6 +2,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import pathlib
 import random
 import statistics
@@ -220,7 +221,7 @@ def test_report_of_invented_runs(claims) -> None:
     assert "| dense FFN | 1,234 | 89.0 ± 1.0 | 0.201 ± 0.001 | 50.0 ± 0.0 | 1.000 ± 0.000 | - | 2 |" in text
     claim = "| experts beat a dense FFN where blocks share | WideNet vs dense FFN | L 79.5 > 76.9, H 80.1 > 79.0 "
     assert claim + "| accuracy +2.0 ± 0.0: shows | loss -0.099 ± 0.002: opposite |" in text
-    assert "- shows / opposite: experts beat a dense FFN where blocks share\n" in text
+    assert "- accuracy shows, loss opposite: experts beat a dense FFN where blocks share\n" in text
     assert "individual LayerNorms" not in text, "no runs, no verdict"
 
 
@@ -259,7 +260,7 @@ def test_short_form_leaves_runs_table_and_pictures(claims, short_form) -> None:
 
 def test_finished_runs_are_not_run_again(claims, short_form, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     folder, said = short_form
-    monkeypatch.setattr(claims.paper_claims, "execute_all", None)
+    monkeypatch.setattr(claims.grid.Run, "execute", None)
     assert claims.paper_claims.main(["--short", "--out", str(folder)]) == 0
     assert capsys.readouterr().out == said.replace("8 runs, 0 of", "8 runs, 8 of")
 
@@ -298,16 +299,34 @@ def test_other_settings_are_refused(claims, short_form, changed, monkeypatch: py
     assert "take another folder" in error
 
 
-def test_ctrl_c_keeps_what_is_finished(claims, short_form, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    folder, _ = short_form
-    (folder / "runs" / "text-dense-0.json").rename(folder / "kept.json")
+@pytest.mark.parametrize(
+    ("end", "status", "word"),
+    [("signal.raise_signal(signal.SIGINT)", 130, "interrupted"), ("os.kill(worker.pid, 9)", 1, "a worker died")],
+    ids=["ctrl-c", "killed"],
+)
+def test_what_is_finished_is_kept(short_form, tmp_path: pathlib.Path, end: str, status: int, word: str) -> None:
+    """Ctrl-C of the program, and the end of a worker that has too little memory, each behind the first run."""
+    code = f"""
+import multiprocessing, os, signal, sys
+import paper_claims
 
-    def interrupted(runs, workers):
-        assert [run.path.stem for run in runs] == ["text-dense-0"]
-        yield None
-        raise KeyboardInterrupt
+def tqdm(runs, **_):
+    for run in runs:
+        yield run
+        for worker in multiprocessing.active_children():
+            {end}
 
-    monkeypatch.setattr(claims.paper_claims, "execute_all", interrupted)
-    assert claims.paper_claims.main(["--short", "--out", str(folder)]) == claims.paper_claims.INTERRUPTED
-    assert "interrupted: 7 of 8 runs are done" in capsys.readouterr().out
-    (folder / "kept.json").rename(folder / "runs" / "text-dense-0.json")
+if __name__ == "__main__":
+    paper_claims.tqdm = tqdm
+    sys.exit(paper_claims.main(sys.argv[1:]))
+"""
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    (tmp_path / "corpus.json").write_bytes((short_form[0] / "corpus.json").read_bytes())
+    command = [sys.executable, str(program), "--short", "--seeds", "9", "--tasks", "digits", "--out", str(tmp_path)]
+    path = os.pathsep.join([str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == status, done.stderr
+    kept = len(list((tmp_path / "runs").glob("*.json")))
+    assert 1 <= kept < 36
+    assert done.stdout.splitlines()[-1].startswith(f"{word}: {kept} of 36 runs are done; the same command goes on")
