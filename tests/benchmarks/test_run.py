@@ -1,22 +1,15 @@
 """A run from its plan to its file: what is measured, what is refused and why, and what an interruption leaves."""
 
-import argparse
 import functools
 import itertools
-import json
-import re
 import statistics
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import widenet_kernels as wk
-from widenet_kernels.__main__ import main
 from widenet_kernels.benchmarks import (
     ceilings,
-    cli,
     counts,
     layer,
     limits,
@@ -25,7 +18,6 @@ from widenet_kernels.benchmarks import (
     results,
     run,
     shapes,
-    silent,
     stages,
     timing,
 )
@@ -294,14 +286,6 @@ def test_a_run_keeps_what_an_interruption_leaves(monkeypatch):
     assert "torch loop" in results.table(rows)
 
 
-def test_without_tqdm_there_is_no_bar(monkeypatch, capsys):
-    monkeypatch.setattr(run, "Progress", silent.Progress)
-    run_command("--bench", "permute", "--shape", "host", "--device", "cpu", "--threads", "1", "--seconds", "0")
-    captured = capsys.readouterr()
-    assert captured.out.startswith("permute host")
-    assert captured.err == ""
-
-
 def test_the_roof_is_the_better_of_two_products():
     (section,) = ceilings.sections(Inputs(TINY, "cpu", torch.float32))
     rows = {row["contender"]: row for row in completed(section)}
@@ -336,63 +320,7 @@ def test_a_build_with_a_broken_op_is_refused(monkeypatch):
     assert faults
     assert all("permute" in fault for fault in faults)
 
-    with pytest.raises(SystemExit, match="gives wrong results and is not measured"):
-        run_command("--shape", "decode-1")
-
-
-def run_command(*arguments):
-    parser = argparse.ArgumentParser()
-    cli.add_commands(parser)
-    options = parser.parse_args(arguments)
-    options.run(options)
-
-
-def test_the_command_from_end_to_end(tmp_path):
-    options = ["--bench", "layer", "permute", "--shape", "host", "--pass", "forward", "--device", "cpu"]
-    command = [sys.executable, "-m", "widenet_kernels", "bench", *options, "--threads", "1", "--seconds", "0"]
-    done = subprocess.run([*command, "--json", tmp_path / "a.json"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "layer host (T=1 D=64 F=64 E=4 K=2) fp32 forward, cpu, 1 threads; limit: GEMMs alone" in done.stdout
-    content = json.loads((tmp_path / "a.json").read_text())
-    assert content["format"] == 1
-    assert content["machine"]["torch"] == torch.__version__
-    assert {"cpu", "threads", "commit", "date", "cpu_level", "widenet_kernels"} <= set(content["machine"])
-    assert results.table(content["rows"]) + "\n\n" == done.stdout  # nothing is lost in the file
-    lines = (tmp_path / "a.json").read_text().splitlines()[3:-1]
-    assert [json.loads(line.rstrip(",")) for line in lines] == content["rows"]  # one in each line
-    turns = [ms for row in content["rows"] for ms in row.get("turns_ms", ())]
-    assert turns == [float(f"{ms:.6g}") for ms in turns]
-
 
 def test_what_is_counted_is_not_rounded():
     row = {"bytes": 536870912.0, "ms": 1.23456789, "turns_ms": [0.000123456789], "rounds": 1234567, "why": None}
     assert results.rounded(row) == row | {"ms": 1.23457, "turns_ms": [0.000123457]}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shape", "widenet-x"], "argument --shape: invalid choice: 'widenet-x' .*widenet-b-8.*cpu-targets"),
-        (["--bench", "gemm"], "argument --bench: invalid choice: 'gemm' .*ceilings.*train_step"),
-    ],
-)
-def test_a_wrong_name_says_what_was_expected(arguments, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        run_command(*arguments)
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_an_error_inside_a_command_keeps_its_traceback(monkeypatch):
-    def fails(plan, report):
-        raise ValueError("a bug")
-
-    monkeypatch.setattr(run, "run", fails)
-    monkeypatch.setattr(sys, "argv", ["widenet_kernels", "bench", "--shape", "host", "--device", "cpu"])
-    with pytest.raises(ValueError, match="a bug"):
-        main()
-
-
-def test_the_list_names_everything(capsys):
-    run_command("--list")
-    out = capsys.readouterr().out
-    assert all(name in out for name in (*shapes.CASES, *shapes.SUITES, *stages.STAGES, "train_step"))
