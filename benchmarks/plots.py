@@ -43,12 +43,14 @@ def save(picture: "Figure", path: Path, caption: str) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    folder = options.out or options.results.path.parent
-    folder.mkdir(parents=True, exist_ok=True)
     results = options.results
     if options.shape:
         kept = [row for row in results.rows if row["shape"] in options.shape or row["bench"] == "ceilings"]
         results = results._replace(rows=kept)
+    if not timed(results.rows):
+        raise SystemExit(f"bench plot: {results.path} has no time{' of these shapes' if options.shape else ''}")
+    folder = options.out or results.path.parent
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         draw_results(results, folder)
     except ModuleNotFoundError as error:

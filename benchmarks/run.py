@@ -95,7 +95,9 @@ def run(plan: Plan, report: Callable[[list[Row]], None]) -> None:
                 try:
                     measure(section.contenders, DTYPES[dtype], timer, budget, measured, bar.set_postfix_str)
                 finally:
-                    report(list(results.complete(section, about, measured)))
+                    rows = list(results.complete(section, about, measured))
+                    if rows:  # none where the first contender was interrupted
+                        report(rows)
                 free_memory(plan.device)
 
 

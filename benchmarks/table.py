@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def with_markers(path: Path) -> Path:
 
 
 def run(options: argparse.Namespace) -> None:
+    if not timed(at_full_width(options.results), bench="layer"):
+        sys.exit(f"bench table: {options.results.path} has no time of the layer")
     if options.write is None:
         print(render(options.results, Path.cwd()))
     else:

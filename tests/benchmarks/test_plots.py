@@ -165,6 +165,12 @@ def test_a_picture_without_rows_is_not_drawn_and_says_so(tmp_path, capsys):
     ]
 
 
+def test_a_file_without_a_time_is_no_picture(tmp_path):
+    path = invented.written(tmp_path / "empty.json", invented.content() | {"rows": []})
+    with pytest.raises(SystemExit, match=r"empty\.json has no time$"):
+        invented.run(plots, "plot", path)
+
+
 def test_chosen_shapes(tmp_path, capsys):
     path = invented.written(tmp_path / "result.json", invented.content())
     invented.run(plots, "plot", path, "--shape", "wide-2000")

@@ -78,6 +78,15 @@ def test_write_replaces_what_is_between_the_markers(results, tmp_path, capsys):
     assert "expected <!-- bench --> and <!-- /bench --> once" in capsys.readouterr().err
 
 
+def test_a_file_without_a_time_is_no_table(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench -->\nthe table\n<!-- /bench -->\n")
+    path = invented.written(tmp_path / "empty.json", invented.content() | {"rows": []})
+    with pytest.raises(SystemExit, match=r"empty\.json has no time of the layer"):
+        invented.run(table, "table", path, "--write", readme)
+    assert "the table" in readme.read_text()
+
+
 def test_newest_is_the_latest_date_of_this_format(tmp_path):
     assert reading.newest(tmp_path) is None
     for name, date, number in (("b", "2001-02-03", 1), ("a", "2002-01-01", 1), ("c", "2003-01-01", 2)):
