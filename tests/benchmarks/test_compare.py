@@ -61,6 +61,13 @@ def test_one_row_changed(files, capsys, change, arguments, verdict, code):
     assert counts == {"slower": 0, "faster": 0, "same": 25} | {verdict: 26 if verdict == "same" else 1}
 
 
+@pytest.mark.parametrize(("spreads", "verdict"), [((60, 0), "same"), ((0, 60), "same"), ((40, 40), "slower")])
+def test_noise_is_the_larger_of_both_spreads(spreads, verdict):
+    old = invented.row("layer", "ours", 100, spread_ms=spreads[0])
+    new = invented.row("layer", "ours", 150, spread_ms=spreads[1])
+    assert compare.Change(old, new, threshold=0.05).verdict == verdict
+
+
 def test_columns(files, capsys):
     invented.run(compare, "compare", *files(scaled(1.5, share_of_limit=0.55)))
     header, *lines = capsys.readouterr().out.splitlines()

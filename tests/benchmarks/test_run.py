@@ -308,6 +308,15 @@ def test_ceilings_and_host_do_not_depend_on_the_shape():
     assert ours["host_us"] == pytest.approx(statistics.median(beyond) * 1e3)
 
 
+@pytest.mark.parametrize("bench", ["ceilings", "host"])
+def test_what_does_not_depend_on_the_shape_is_run_once_for_each_dtype(bench, monkeypatch):
+    seen = []
+    monkeypatch.setitem(run.BENCHES, bench, lambda inputs: iter(seen.append((inputs.case.name, inputs.dtype)) or ()))
+    cases = [TINY, TINY._replace(name="another")]
+    run.run(plan(benches=[bench], cases=cases, dtypes=["fp32", "bf16"]), lambda rows: None)
+    assert seen == [("tiny", torch.float32), ("tiny", torch.bfloat16)]
+
+
 def test_a_build_with_a_broken_op_is_refused(monkeypatch):
     assert run.broken("cpu") == []
     permute = wk.permute
