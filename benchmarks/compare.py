@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from .reading import KEY, Results, Row, as_argument, key, load
 
+VERDICTS = ("slower", "faster", "same", "once")  # the last: one of both was timed once
 OURS_CHANGES = {"widenet_kernels", "commit", "date"}  # of the machine's entries, what is meant to differ
 
 
@@ -23,7 +24,9 @@ class Change(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Slower or faster only beyond the threshold and the spread of either file."""
+        """Slower or faster only beyond the threshold and the spread of either file, which one call does not show."""
+        if min(self.old["rounds"], self.new["rounds"]) < 2:
+            return "once"
         noise = max(self.old["spread_ms"], self.new["spread_ms"])
         if abs(self.ratio - 1) <= self.threshold or abs(self.new["ms"] - self.old["ms"]) <= noise:
             return "same"
@@ -79,8 +82,8 @@ def aligned(table: list[list[str]]) -> list[str]:
 def run(options: argparse.Namespace) -> None:
     changes, lines = differences(options.old, options.new, options.threshold)
     table = aligned([HEADER, *(change.columns() for change in changes)]) if changes else []
-    counts = {verdict: sum(c.verdict == verdict for c in changes) for verdict in ("slower", "faster", "same")}
-    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    verdicts = [change.verdict for change in changes]
+    summary = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS)
     print("\n".join([*machine_warning(options.old.machine, options.new.machine), *table, *lines, summary]))
     if options.fail and any(change.regressed for change in changes):
         sys.exit(1)
@@ -91,7 +94,8 @@ def add_command(commands: Any) -> None:
         "compare",
         help="two result files: what became slower or faster",
         description="Rows of two result files, matched. A row is slower or faster if its median moved by more than "
-        "the threshold and by more than the spread between quartiles in either file. The share of the limit was "
+        "the threshold and by more than the spread between quartiles in either file; what was called once in one of "
+        "them has no spread, and is neither. The share of the limit was "
         "measured in turn with the limit, so it says more than the time where the machine is noisy.",
     )
     parser.add_argument("old", type=as_argument(load), metavar="OLD.json")

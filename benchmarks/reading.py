@@ -71,7 +71,8 @@ def newest(folder: Path) -> Path | None:
 
 
 def key(row: Row) -> tuple:
-    return tuple(row[name] for name in KEY)
+    """The threads are a CPU's: how many there are changes nothing on a GPU."""
+    return tuple("-" if name == "threads" and row["device"] != "cpu" else row[name] for name in KEY)
 
 
 def timed(rows: list[Row], **wanted: Any) -> list[Row]:

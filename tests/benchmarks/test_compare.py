@@ -5,7 +5,7 @@ import contextlib
 import invented
 import pytest
 
-from widenet_kernels.benchmarks import compare
+from widenet_kernels.benchmarks import compare, reading
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def scaled(factor, contender="ours", **other):
 def test_nothing_changed(files, capsys):
     invented.run(compare, "compare", *files(lambda new: None), "--fail")
     out = capsys.readouterr().out
-    assert "0 slower, 0 faster, 26 same" in out
+    assert "0 slower, 0 faster, 26 same, 0 once" in out
     assert "warning" not in out
 
 
@@ -51,6 +51,7 @@ def test_nothing_changed(files, capsys):
         (scaled(1.04), ["--fail", "--threshold", "0.03"], "slower", 1),
         (scaled(1.5, spread_ms=60.0), ["--fail"], "same", 0),  # 50 ms more, inside the new file's spread
         (scaled(1.5, contender="peer loop"), ["--fail"], "slower", 0),  # not one of ours
+        (scaled(1.5, spread_ms=0.0, rounds=1), ["--fail"], "once", 0),
     ],
 )
 def test_one_row_changed(files, capsys, change, arguments, verdict, code):
@@ -58,7 +59,8 @@ def test_one_row_changed(files, capsys, change, arguments, verdict, code):
         invented.run(compare, "compare", *files(change), *arguments)
     summary = capsys.readouterr().out.splitlines()[-1]
     counts = {word: int(count) for count, word in (part.split() for part in summary.split(", "))}
-    assert counts == {"slower": 0, "faster": 0, "same": 25} | {verdict: 26 if verdict == "same" else 1}
+    expected = {"slower": 0, "faster": 0, "same": 25, "once": 0}
+    assert counts == expected | {verdict: 26 if verdict == "same" else 1}
 
 
 @pytest.mark.parametrize(("spreads", "verdict"), [((60, 0), "same"), ((0, 60), "same"), ((40, 40), "slower")])
@@ -66,6 +68,11 @@ def test_noise_is_the_larger_of_both_spreads(spreads, verdict):
     old = invented.row("layer", "ours", 100, spread_ms=spreads[0])
     new = invented.row("layer", "ours", 150, spread_ms=spreads[1])
     assert compare.Change(old, new, threshold=0.05).verdict == verdict
+
+
+def test_threads_are_the_cpus():
+    rows = [invented.row("layer", "ours", 1.0, device=device, threads=n) for device in ("cpu", "cuda") for n in (1, 2)]
+    assert [len({reading.key(row) for row in pair}) for pair in (rows[:2], rows[2:])] == [2, 1]
 
 
 def test_columns(files, capsys):
@@ -91,7 +98,7 @@ def test_rows_of_one_file_are_named(files, capsys):
     assert "only in the old file: layer wide-1000 fp32 forward cpu 2 peer bmm" in lines
     assert "only in the new file: layer wide-1000 fp32 forward cpu 2 newcomer" in lines
     assert "timed only in the old file: layer wide-1000 fp32 forward cpu 2 peer loop: out of memory" in lines
-    assert lines[-1].endswith("24 same")
+    assert lines[-1].endswith("24 same, 0 once")
 
 
 def test_other_machine_is_a_warning_another_commit_is_not(files, capsys):
