@@ -65,6 +65,9 @@ def run(options: argparse.Namespace) -> None:
         runner.run(plan, report)
     except KeyboardInterrupt:
         sys.exit("interrupted: this is what there is")
+    if not rows:
+        what = (options.bench, options.shape, options.directions)
+        sys.exit("bench: nothing was measured: {} of {} has no {} here".format(*map(", ".join, what)))
 
 
 def listing(benches: list[str]) -> str:

@@ -67,6 +67,20 @@ def test_an_early_interruption_leaves_the_file_as_it_was(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train_step"], "train_step of host has no forward, backward, forward\\+backward here"),
+        (["plan", "--pass", "backward"], "plan of host has no backward here"),
+    ],
+)
+def test_a_run_that_measures_nothing_says_so(arguments, message, tmp_path):
+    path = tmp_path / "none.json"
+    with pytest.raises(SystemExit, match=f"nothing was measured: {message}"):
+        run_command("--shape", "host", "--device", "cpu", "--json", str(path), "--bench", *arguments)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--shape", "widenet-x"], "argument --shape: invalid choice: 'widenet-x' .*widenet-b-8.*cpu-targets"),
         (["--bench", "gemm"], "argument --bench: invalid choice: 'gemm' .*ceilings.*train_step"),
     ],
