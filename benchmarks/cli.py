@@ -2,12 +2,12 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
 from . import compare, plots, profiling, results, shapes, table
 from . import run as runner
+from .arguments import DEVICES, default_device, device, nonnegative, output, positive
 from .stage import PASSES
 from .timing import Row
 
@@ -26,11 +26,11 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", nargs="+", choices=list(shapes.DTYPES), help="fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--pass", nargs="+", choices=PASSES, default=list(PASSES), dest="directions")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", nargs="+", type=int, metavar="N", default=[torch.get_num_threads()])
-    parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of one set of contenders")
-    parser.add_argument("--patience", type=float, default=20.0, help="what takes more seconds is called once")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    parser.add_argument("--device", type=device, choices=DEVICES, default=default_device())
+    parser.add_argument("--threads", nargs="+", type=positive, metavar="N", default=[torch.get_num_threads()])
+    parser.add_argument("--seconds", type=nonnegative, default=3.0, help="for the rounds of one set of contenders")
+    parser.add_argument("--patience", type=nonnegative, default=20.0, help="what takes more seconds is called once")
+    parser.add_argument("--json", type=output, metavar="FILE", help="write the rows here too")
     parser.add_argument("--list", action="store_true", help="print the benches, shapes and suites")
     commands = parser.add_subparsers(title="on a file that a run has left, or on one layer")
     for module in (compare, plots, table, profiling):

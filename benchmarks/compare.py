@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import Any, NamedTuple
 
+from .arguments import nonnegative
 from .reading import KEY, Results, Row, as_argument, key, load
 
 VERDICTS = ("slower", "faster", "same", "once")  # the last: one of both was timed once
@@ -100,6 +101,6 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("old", type=as_argument(load), metavar="OLD.json")
     parser.add_argument("new", type=as_argument(load), metavar="NEW.json")
-    parser.add_argument("--threshold", type=float, default=0.05, help="of the old time, 0.05 if not given")
+    parser.add_argument("--threshold", type=nonnegative, default=0.05, help="of the old time, 0.05 if not given")
     parser.add_argument("--fail", action="store_true", help="exit with 1 if a row of ours became slower")
     parser.set_defaults(run=run)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.utils.benchmark import Timer
 import widenet_kernels as wk
 from widenet_kernels.reference.activation import activate
 
-from . import results
+from . import arguments, results
 from .shapes import CASES, DTYPES, Case, Inputs, find
 
 ROUNDS = 5
@@ -186,6 +187,7 @@ def measure(case: Case, dtype: str, device: str, backward: bool, trace: Path | N
     layer = Layer(Inputs(case, device, DTYPES[dtype]), backward)
     watched = profiled([layer.composed, layer.fused], device, ROUNDS)
     if trace:
+        trace.unlink(missing_ok=True)  # torch says nothing of a file that it could not write
         watched.export_chrome_trace(str(trace))
     host = {"fused layer": gpu_host_us(layer.fused)} if device == "cuda" else overheads(case, DTYPES[dtype])
     return {
@@ -230,6 +232,8 @@ def run(options: argparse.Namespace) -> None:
     print(report(found))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.trace and not options.trace.exists():
+        sys.exit(f"bench profile: torch could not write {options.trace}")
 
 
 def add_command(commands: Any) -> None:
@@ -239,13 +243,14 @@ def add_command(commands: Any) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    on_gpu = torch.cuda.is_available()
+    device = arguments.default_device()
     parser.add_argument(
         "--shape", choices=CASES, metavar="NAME", default="widenet-b-8", help="widenet-b-8 if not given"
     )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16" if on_gpu else "fp32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16" if device == "cuda" else "fp32")
+    parser.add_argument("--device", type=arguments.device, choices=arguments.DEVICES, default=device)
     parser.add_argument("--pass", dest="direction", choices=("forward", "forward+backward"), default="forward+backward")
-    parser.add_argument("--trace", type=Path, metavar="FILE.json", help="for chrome://tracing or ui.perfetto.dev")
-    parser.add_argument("--json", type=Path, metavar="FILE.json", help="for bench plot --profile")
+    about = "for chrome://tracing or ui.perfetto.dev"
+    parser.add_argument("--trace", type=arguments.output, metavar="FILE.json", help=about)
+    parser.add_argument("--json", type=arguments.output, metavar="FILE.json", help="for bench plot --profile")
     parser.set_defaults(run=run)

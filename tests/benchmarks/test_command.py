@@ -11,6 +11,7 @@ import torch
 
 from widenet_kernels.__main__ import main
 from widenet_kernels.benchmarks import cli, results, run, shapes, silent, stages
+from widenet_kernels.benchmarks.arguments import output
 
 
 def run_command(*arguments):
@@ -83,12 +84,45 @@ def test_a_run_that_measures_nothing_says_so(arguments, message, tmp_path):
     [
         (["--shape", "widenet-x"], "argument --shape: invalid choice: 'widenet-x' .*widenet-b-8.*cpu-targets"),
         (["--bench", "gemm"], "argument --bench: invalid choice: 'gemm' .*ceilings.*train_step"),
+        (["--device", "gpu"], "argument --device: invalid choice: 'gpu' .*cpu.*cuda"),
+        (["--threads", "2", "0"], "argument --threads: expected a whole number from 1 on, got '0'"),
+        (["--threads", "1.5"], "argument --threads: expected a whole number from 1 on, got '1.5'"),
+        (["--seconds", "inf"], "argument --seconds: expected a finite number from 0 on, got 'inf'"),
+        (["--seconds", "soon"], "argument --seconds: expected a finite number from 0 on, got 'soon'"),
+        (["--patience", "nan"], "argument --patience: expected a finite number from 0 on, got 'nan'"),
+        (["--patience=-1"], "argument --patience: expected a finite number from 0 on, got '-1'"),
     ],
 )
-def test_a_wrong_name_says_what_was_expected(arguments, message, capsys):
+def test_a_wrong_argument_says_what_was_expected(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        run_command(*arguments)
+        run_command("--list", *arguments)  # accepted, it would measure nothing
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in ([], ["profile"]):
+        with pytest.raises(SystemExit, match="2"):
+            run_command(*command, "--device", "cuda")
+        assert "argument --device: there is no GPU that torch can use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--json"], ["profile", "--json"], ["profile", "--trace"]], ids=" ".join)
+def test_a_place_that_cannot_be_written(option, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for path, message in (
+        (tmp_path, f"{tmp_path} is a folder, expected a file"),
+        (tmp_path / "file" / "a.json", f"{tmp_path / 'file'} cannot be made: "),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run_command(*option, str(path))
+        assert f"argument {option[-1]}: {message}" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_file_is_made(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.json"
+    assert output(str(path)) == path
+    assert path.parent.is_dir()
 
 
 def test_an_error_inside_a_command_keeps_its_traceback(monkeypatch):

@@ -71,6 +71,15 @@ def test_forward_alone(tmp_path):
     assert {stage["pass"] for stage in profile["stages"]} == {"forward"}
 
 
+@pytest.mark.usefixtures("tiny")
+def test_a_trace_that_torch_does_not_write_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda watched, path: None)
+    trace = tmp_path / "trace.json"
+    trace.write_text("an earlier one")
+    with pytest.raises(SystemExit, match=r"could not write .*trace\.json"):
+        invented.run(profiling, "profile", "--device", "cpu", "--dtype", "fp32", "--trace", trace)
+
+
 def stages(profile, composition, way):
     return [s for s in profile["stages"] if (s["composition"], s["pass"]) == (composition, way)]
 
