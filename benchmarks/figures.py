@@ -20,6 +20,7 @@ PASSES = ("forward", "forward+backward")
 STAGES = ("route", "permute", "grouped_gemm", "combine")  # the benches that a layer is made of; one GEMM is the first
 WIDTH = 8  # inches of 100 pixels: as wide as a README shows it
 CAPTION = 0.22  # inches of its strip at the bottom
+ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind a text that may stand on a line
 
 
 class NothingToDraw(Exception):
@@ -116,7 +117,7 @@ def draw_roof(axes: Axes, kernels: list[Row], roof: Roof) -> None:
     for row, (x, y, label) in zip(kernels, points, strict=True):
         color = shades[row["bench"]]
         fill = color if row["pass"] == "forward" else "white"
-        axes.plot(x, y, "o", color=color, markerfacecolor=fill, label=label)
+        axes.plot(x, y, "o", color=color, markerfacecolor=fill, label=label, zorder=4)  # above the names
     label_points(axes, points)
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(f"{bandwidth:.3g} GB/s copied, {peak * scale:.3g} {name} multiplied by {by}", fontsize=9)
@@ -156,6 +157,7 @@ def label_points(axes: Axes, points: list[tuple[float, float, str]]) -> None:
             ha="left" if on_the_right else "right",
             va="center",
             fontsize=8,
+            bbox=ON_WHITE,
             arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
         )
 
@@ -181,7 +183,7 @@ def layer_bars(rows: list[Row]) -> Figure:
             shares = [bars[shape]["share_of_limit"] for shape in drawn_shapes]
             container = axes.barh(places, shares, 0.8 / len(shades), color=shades[contender], label=contender)
             times = [milliseconds(bars[shape]["ms"]) for shape in drawn_shapes]
-            axes.bar_label(container, times, padding=2, fontsize=7)
+            axes.bar_label(container, times, padding=2, fontsize=7, bbox=ON_WHITE)
         axes.axvline(1, color=BLACK, linewidth=1, linestyle="--", label="the limit")
         axes.set_title(one_pass, fontsize=9)
         axes.set_xlim(0, 1.15 * max(1, *(row["share_of_limit"] for row in rows)))
@@ -206,27 +208,28 @@ def milliseconds(ms: float) -> str:
 
 def stage_bars(rows: list[Row]) -> Figure:
     """The layer's time as the benches of its stages split it."""
-    bars = {}
+    bars, ends = {}, {}
     for shape in values(rows, "shape"):
         for one_pass in PASSES:
-            stages = stages_of(timed(rows, kind="ours", shape=shape, **{"pass": one_pass}))
-            if stages:
-                bars[f"{shape}\n{one_pass}"] = stages
+            found: dict[str, float] = {}  # what the layer uses: the first of ours in each bench
+            for row in timed(rows, kind="ours", shape=shape, **{"pass": one_pass}):
+                found.setdefault(row["bench"], row["ms"])
+            if {"layer", "route", "grouped_gemm"} <= found.keys():
+                name = f"{shape}\n{one_pass}"
+                bars[name], ends[name] = split(found)
     if not bars:
         raise NothingToDraw("no shape with the layer, route and grouped_gemm")
-    return stacked(bars, f"Time by stage, {rows[0]['dtype']}: from the benches of the stages, each run by itself")
+    title = f"Time by stage, {rows[0]['dtype']}: from the benches of the stages, each run by itself"
+    return stacked(bars, ends, title)
 
 
-def stages_of(rows: list[Row]) -> dict[str, float]:
-    """{stage: ms} of what the layer uses (the first of ours in each bench); empty without the stages that matter."""
-    found: dict[str, float] = {}
-    for row in rows:
-        found.setdefault(row["bench"], row["ms"])
-    if not {"layer", "route", "grouped_gemm"} <= found.keys():
-        return {}
-    stages = {name: found[name] for name in STAGES if name in found}
-    rest = found["layer"] - sum(stages.values())
-    return stages | {"the rest (second GEMM)": rest} if rest > 0 else stages
+def split(found: Mapping[str, float]) -> tuple[dict[str, float], str]:
+    """{stage: ms} of a layer, and its own time: by themselves the stages may take longer than in it."""
+    layer, stages = found["layer"], {name: found[name] for name in STAGES if name in found}
+    alone = sum(stages.values())
+    if alone > layer:
+        return stages, f"layer {milliseconds(layer)},\nthese {milliseconds(alone)}"
+    return stages | {"the rest (second GEMM)": layer - alone}, milliseconds(layer)
 
 
 def profile_bars(profile: dict[str, Any]) -> Figure:
@@ -234,11 +237,12 @@ def profile_bars(profile: dict[str, Any]) -> Figure:
     bars: dict[str, dict[str, float]] = {}
     for stage in profile["stages"]:
         bars.setdefault(f"{stage['composition']}\n{stage['pass']}", {})[stage["stage"]] = stage["ms"]
-    return stacked(bars, f"Time by stage, {profile['shape']}, {profile['dtype']}: from a profile of the layer")
+    ends = {name: milliseconds(sum(bar.values())) for name, bar in bars.items()}
+    return stacked(bars, ends, f"Time by stage, {profile['shape']}, {profile['dtype']}: from a profile of the layer")
 
 
-def stacked(bars: Mapping[str, Mapping[str, float]], title: str) -> Figure:
-    """Bars {name: {stage: ms}} as shares of each bar's sum."""
+def stacked(bars: Mapping[str, Mapping[str, float]], ends: Mapping[str, str], title: str) -> Figure:
+    """Bars {name: {stage: ms}} as shares of each bar's sum; ``ends``: what stands at the end of each."""
     stages = list(dict.fromkeys(stage for bar in bars.values() for stage in bar))
     drawn, (axes,) = figure(1, 1.4 + 0.5 * len(bars), title)
     totals = [sum(bar.values()) for bar in bars.values()]
@@ -250,8 +254,8 @@ def stacked(bars: Mapping[str, Mapping[str, float]], title: str) -> Figure:
         texts = [milliseconds(ms) if width > 0.08 else "" for ms, width in zip(times, widths, strict=True)]
         axes.bar_label(container, texts, label_type="center", fontsize=7, color="white" if color == BLUE else BLACK)
         begin = [left + width for left, width in zip(begin, widths, strict=True)]
-    for place, total in enumerate(totals):
-        axes.text(1.01, place, milliseconds(total), va="center", fontsize=8)
+    for place, name in enumerate(bars):
+        axes.text(1.01, place, ends[name], va="center", fontsize=8)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.set_xlim(0, 1.1)
     axes.invert_yaxis()
@@ -284,10 +288,10 @@ def scaling(rows: list[Row], axis: str) -> Figure:
         ticks = sorted(set(positions(rows, axis)))
         axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
         axes.minorticks_off()
-        axes.set_ylim(0)
         axes.set_title(one_pass, fontsize=9)
         axes.set_xlabel(axis, fontsize=9)
         axes.grid(alpha=0.3)
+    panels[0].set_ylim(0)  # of all, and when all is drawn: the top stays where it is then
     panels[0].set_ylabel(name, fontsize=9)
     legend(drawn)
     return drawn
@@ -302,12 +306,16 @@ def positions(rows: Iterable[Row], axis: str) -> list[int]:
 
 
 def longest_series(rows: list[Row], axis: str) -> list[Row]:
-    """Of the rows that differ in this alone, those that have the most values of it."""
+    """Of the rows that differ in this alone, those that have the most values of it, then those with the most work."""
     series: dict[tuple, list[Row]] = {}
     for row in rows:
         fixed = row["dims"] | {"threads": row["threads"]} | {axis: None}
         series.setdefault(tuple(fixed.items()), []).append(row)
-    longest = max(series.values(), key=lambda some: len(set(positions(some, axis))), default=[])
+
+    def size(some: list[Row]) -> tuple[int, float]:
+        return len(set(positions(some, axis))), max(row["flops"] for row in some)
+
+    longest = max(series.values(), key=size, default=[])
     if len(set(positions(longest, axis))) < 2:
         raise NothingToDraw(f"no two layers that differ in {axis} alone")
     return longest

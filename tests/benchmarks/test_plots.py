@@ -68,6 +68,7 @@ def test_layer_bars(rows):
     assert lines(forward)["the limit"][0] == [1, 1]
     assert [text.get_text() for text in forward.texts][:3] == ["100 ms", "200 ms", "150 ms"]
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["the limit", *bars(forward)]
+    assert all(text.get_bbox_patch().get_facecolor() == (1, 1, 1, 1) for text in forward.texts)  # over the dashed line
     middles = [bar.get_y() + bar.get_height() / 2 for bar in forward.containers[1]]
     assert middles == pytest.approx([0, 1, 2])  # the second of three bars stands on the tick
 
@@ -80,6 +81,13 @@ def test_stage_bars(rows):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["wide-1000\nforward"]
     assert "benches of the stages" in axes.figure.get_suptitle()
     assert "100 ms" in [text.get_text() for text in axes.texts]
+
+
+def test_stages_that_take_longer_than_the_layer(rows):
+    slow = invented.row("combine", "ours", 63.0)
+    (axes,) = figures.stage_bars([slow if row["bench"] == "combine" else row for row in rows]).axes
+    assert "the rest (second GEMM)" not in bars(axes)
+    assert [text.get_text() for text in axes.texts][-1] == "layer 100 ms,\nthese 106 ms"
 
 
 def profile():
@@ -117,6 +125,23 @@ def test_scaling(rows, axis, positions, ours):
     assert lines(both)["ours"] == (positions[:1], pytest.approx([1.6 / 3]))
     assert forward.get_ylabel() == "GFLOP/s"
     assert forward.get_xlabel() == axis
+
+
+def test_the_axis_of_scaling_holds_every_panel(rows):
+    for row in rows:
+        if row["pass"] == "forward+backward":
+            row["tflops"] *= 100
+    forward, both = figures.scaling(rows, "T").axes
+    assert forward.get_ylim() == both.get_ylim()
+    assert forward.get_ylim()[0] == 0
+    assert forward.get_ylim()[1] > max(max(speeds) for _, speeds in lines(both).values())
+
+
+def test_of_equally_long_series_the_one_with_more_work_is_drawn(rows):
+    small = [row | {"dims": row["dims"] | {"D": 10}, "flops": row["flops"] / 10} for row in rows if row["flops"]]
+    for order in (small + rows, rows + small):
+        forward, _ = figures.scaling(order, "T").axes
+        assert "D 100," in forward.figure.get_suptitle()
 
 
 def test_scaling_over_threads_is_in_order(all_rows):
