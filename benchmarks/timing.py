@@ -89,7 +89,6 @@ class Clock:
 
     def peak_bytes(self, call: Call) -> int:
         """The most that torch holds during the call above what it held before."""
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or every profile says so on stderr
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             call()
         events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]

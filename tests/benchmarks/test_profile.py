@@ -1,6 +1,9 @@
 """bench profile at a tiny shape: its stages, its trace, and that the layer it profiles is the layer."""
 
 import json
+import os
+import subprocess
+import sys
 
 import invented
 import pytest
@@ -78,6 +81,13 @@ def test_a_trace_that_torch_does_not_write_is_an_error(tmp_path, monkeypatch):
     trace.write_text("an earlier one")
     with pytest.raises(SystemExit, match=r"could not write .*trace\.json"):
         invented.run(profiling, "profile", "--device", "cpu", "--dtype", "fp32", "--trace", trace)
+
+
+def test_nothing_is_written_to_stderr():
+    command = [sys.executable, "-m", "widenet_kernels", "bench", "profile", "--shape", "host", "--device", "cpu"]
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def stages(profile, composition, way):
