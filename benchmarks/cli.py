@@ -12,6 +12,7 @@ from .stage import PASSES
 from .timing import Row
 
 DEFAULT_BENCHES = ("ceilings", "layer", "gate", "plan", "route", "permute", "grouped_gemm", "combine")
+INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,14 @@ def run(options: argparse.Namespace) -> None:
     if options.list:
         print(listing(list(runner.BENCHES)))
         return
+    try:
+        measure(options)
+    except KeyboardInterrupt:
+        print("interrupted: this is what there is", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def measure(options: argparse.Namespace) -> None:
     plan = runner.Plan(
         options.bench, shapes.chosen(options.shape),
         options.dtype or ["fp32" if options.device == "cpu" else "bf16"], options.directions, options.device,
@@ -61,10 +70,7 @@ def run(options: argparse.Namespace) -> None:
         if options.json:
             results.write(options.json, rows)
 
-    try:
-        runner.run(plan, report)
-    except KeyboardInterrupt:
-        sys.exit("interrupted: this is what there is")
+    runner.run(plan, report)
     if not rows:
         what = (options.bench, options.shape, options.directions)
         sys.exit("bench: nothing was measured: {} of {} has no {} here".format(*map(", ".join, what)))

@@ -52,17 +52,20 @@ def test_the_command_from_end_to_end(tmp_path):
     assert turns == [float(f"{ms:.6g}") for ms in turns]
 
 
-def test_an_early_interruption_leaves_the_file_as_it_was(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("place", [(run, "broken"), (results, "machine"), (run, "Inputs"), (run, "measure")])
+def test_an_early_interruption_leaves_the_file_as_it_was(place, tmp_path, monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "measure", interrupted)
+    monkeypatch.setattr(*place, interrupted)
     kept = tmp_path / "kept.json"
     kept.write_text("what an earlier run has left")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="130"):
         run_command("--bench", "permute", "--shape", "host", "--device", "cpu", "--json", str(kept))
     assert kept.read_text() == "what an earlier run has left"
-    assert capsys.readouterr().out == ""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith("interrupted: this is what there is\n")
 
 
 @pytest.mark.parametrize(
