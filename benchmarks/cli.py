@@ -19,20 +19,26 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     """The run itself is what ``bench`` does without a command; a module adds its command by ``add_command``."""
     parser.description = __doc__
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "--bench", nargs="+", choices=runner.BENCHES, metavar="BENCH", default=DEFAULT_BENCHES, help="what to measure"
-    )
-    parser.add_argument(
-        "--shape", nargs="+", choices=shapes.NAMES, metavar="SHAPE", default=["default"], help="shapes or suites"
-    )
-    parser.add_argument("--dtype", nargs="+", choices=list(shapes.DTYPES), help="fp32 on a CPU, bf16 on a GPU")
-    parser.add_argument("--pass", nargs="+", choices=PASSES, default=list(PASSES), dest="directions")
-    parser.add_argument("--device", type=device, choices=DEVICES, default=default_device())
-    parser.add_argument("--threads", nargs="+", type=positive, metavar="N", default=[torch.get_num_threads()])
-    parser.add_argument("--seconds", type=nonnegative, default=3.0, help="for the rounds of one set of contenders")
-    parser.add_argument("--patience", type=nonnegative, default=20.0, help="what takes more seconds is called once")
-    parser.add_argument("--json", type=output, metavar="FILE", help="write the rows here too")
-    parser.add_argument("--list", action="store_true", help="print the benches, shapes and suites")
+    add = parser.add_argument
+    benches, threads = " ".join(DEFAULT_BENCHES), torch.get_num_threads()
+    about = f"what to measure (default: {benches})"
+    add("--bench", nargs="+", choices=runner.BENCHES, metavar="BENCH", default=DEFAULT_BENCHES, help=about)
+    about = "shapes or suites (default: the suite named default)"
+    add("--shape", nargs="+", choices=shapes.NAMES, metavar="SHAPE", default=["default"], help=about)
+    about = "(default: fp32 on a CPU, bf16 on a GPU)"
+    add("--dtype", nargs="+", choices=list(shapes.DTYPES), help=about)
+    about = "those of the passes that a bench has (default: all)"
+    add("--pass", nargs="+", choices=PASSES, default=list(PASSES), dest="directions", help=about)
+    about = "(default: cuda where torch has a GPU, here %(default)s)"
+    add("--device", type=device, choices=DEVICES, default=default_device(), help=about)
+    about = f"of the CPU; for each number everything is measured (default: {threads})"
+    add("--threads", nargs="+", type=positive, metavar="N", default=[threads], help=about)
+    about = "for the rounds of one set of contenders (default: %(default)s)"
+    add("--seconds", type=nonnegative, default=3.0, help=about)
+    about = "seconds; what takes longer is called once, what is foreseen to is not (default: %(default)s)"
+    add("--patience", type=nonnegative, default=20.0, help=about)
+    add("--json", type=output, metavar="FILE", help="write the rows here too")
+    add("--list", action="store_true", help="print the benches, shapes and suites")
     commands = parser.add_subparsers(title="on a file that a run has left, or on one layer")
     for module in (compare, plots, table, profiling):
         module.add_command(commands)

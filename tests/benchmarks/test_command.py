@@ -142,3 +142,13 @@ def test_the_list_names_everything(capsys):
     run_command("--list")
     out = capsys.readouterr().out
     assert all(name in out for name in (*shapes.CASES, *shapes.SUITES, *stages.STAGES, "train_step"))
+
+
+def test_every_option_has_help():
+    parser = argparse.ArgumentParser()
+    cli.add_commands(parser)
+    options = [action for action in parser._actions if action.option_strings]
+    assert [action.option_strings for action in options if not action.help] == []
+    said = " ".join(parser.format_help().split())
+    for default in ("permute grouped_gemm combine)", f"{torch.get_num_threads()})", "3.0)", "20.0)"):
+        assert default in said
