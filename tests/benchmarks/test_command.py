@@ -3,8 +3,10 @@
 import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,3 +154,15 @@ def test_every_option_has_help():
     said = " ".join(parser.format_help().split())
     for default in ("permute grouped_gemm combine)", f"{torch.get_num_threads()})", "3.0)", "20.0)"):
         assert default in said
+
+
+def test_the_runs_of_the_readme_are_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the folder of --json is made
+    parser = argparse.ArgumentParser()
+    cli.add_commands(parser)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    commands = re.findall(r"^python -m widenet_kernels bench\b.*", readme, flags=re.MULTILINE)
+    options = [shlex.split(command, comments=True)[4:] for command in commands]
+    runs = [parser.parse_args(words) for words in options if not words or words[0].startswith("-")]  # no subcommand
+    benches = {bench for chosen in runs for bench in chosen.bench}
+    assert benches >= {*cli.DEFAULT_BENCHES, "train_step"}
