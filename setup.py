@@ -16,6 +16,7 @@ import zlib
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).parent.resolve()
 OLDEST_NVCC = (12, 8)  # that knows sm_100 and sm_120
@@ -100,6 +101,24 @@ class CMakeBuild(build_ext):
         return fullname.replace(".", "/") + ".so"  # no Python in it, so no Python version in its name
 
 
+class WithCommit(build_py):
+    """What is installed has no .git beside it: what it measures names its commit by this file."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            place = pathlib.Path(self.build_lib, "widenet_kernels", "benchmarks", "COMMIT")
+            place.write_text(self.commit() + "\n")
+
+    @staticmethod
+    def commit() -> str:
+        """Of this checkout; empty where it is none."""
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+        if not (ROOT / ".git").exists() or not shutil.which("git"):
+            return ""
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
 class PlatformWheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
@@ -108,7 +127,7 @@ class PlatformWheel(bdist_wheel):
 setup(
     packages=[*find_packages(include=["widenet_kernels*"]), "widenet_kernels.benchmarks"],  # whose folder stands beside
     ext_modules=[Extension("widenet_kernels._C", [])] if NATIVE == "ON" else [],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": CMakeBuild, "build_py": WithCommit, "bdist_wheel": PlatformWheel},
     # asked for by name and not there: with build isolation pip fetches the compiler for this build alone
     setup_requires=nvcc_wheels() if (NATIVE, CUDA) == ("ON", "ON") and find_nvcc() is None else [],
 )

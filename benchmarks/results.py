@@ -123,11 +123,11 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout that this file stands in; WIDENET_COMMIT names it where there is no .git."""
-    root = Path(__file__).parents[1]
+    """Of the checkout that this file stands in, or that it was installed from; WIDENET_COMMIT names it elsewhere."""
+    root, built = Path(__file__).parents[1], Path(__file__).with_name("COMMIT")  # which setup.py leaves
     describe = ("git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
-    here = said(*describe) if (root / ".git").exists() else None
-    return os.environ.get("WIDENET_COMMIT") or here
+    here = said(*describe) if (root / ".git").exists() else built.read_text().strip() if built.exists() else None
+    return os.environ.get("WIDENET_COMMIT") or here or None
 
 
 def said(*command: str) -> str | None:

@@ -2,7 +2,11 @@
 
 import functools
 import itertools
+import os
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -333,3 +337,14 @@ def test_a_build_with_a_broken_op_is_refused(monkeypatch):
 def test_what_is_counted_is_not_rounded():
     row = {"bytes": 536870912.0, "ms": 1.23456789, "turns_ms": [0.000123456789], "rounds": 1234567, "why": None}
     assert results.rounded(row) == row | {"ms": 1.23457, "turns_ms": [0.000123457]}
+
+
+def test_what_is_installed_knows_its_commit(tmp_path, monkeypatch):
+    """The file that setup.py leaves in what it builds, read there."""
+    root, site = Path(__file__).parents[2], tmp_path / "site"
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", site]
+    subprocess.run(command, cwd=root, env=os.environ | {"WIDENET_NATIVE": "OFF"}, check=True)
+    describe = ("git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    monkeypatch.delenv("WIDENET_COMMIT", raising=False)
+    monkeypatch.setattr(results, "__file__", str(site / "widenet_kernels" / "benchmarks" / "results.py"))
+    assert results.commit() == (results.said(*describe) if (root / ".git").exists() else None)
