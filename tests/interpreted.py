@@ -2,7 +2,8 @@
 
 It patches the language anew at every call inside a kernel, a third of its time: here it stays patched. A sum,
 difference or product of 32-bit integers that overflows, as addresses might, is an error. So is a load or store outside
-the tensors that the kernel was given. It cuts fp32 short to bf16: here it rounds to nearest, as a GPU does.
+the tensors that the kernel was given. It cuts fp32 short to bf16: here it rounds to nearest, as a GPU does. It leaves
+products to NumPy, which sums in another order where an operand lies transposed: here equal values have equal products.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from triton.runtime.jit import mangle_type
 builder = interpreter.interpreter_builder
 FAR = 1 << 48  # no real address is as high
 _convert = interpreter._convert_float
-_load, _store = builder.create_masked_load, builder.create_masked_store
+_load, _store, _dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
 _take_arguments = interpreter.GridExecutor._init_args_hst
 _extents = np.empty((0, 2), np.uint64)  # begin and end of the memory of the running kernel's tensors, in order
 
@@ -33,6 +34,7 @@ def install() -> None:
     interpreter._convert_float = _converted
     builder.create_masked_load = _checked_load
     builder.create_masked_store = _checked_store
+    builder.create_dot = _contiguous_dot
     interpreter.GridExecutor._init_args_hst = _noted_arguments
 
 
@@ -42,6 +44,10 @@ def _converted(values: np.ndarray, source: Any, target: Any, rounding_mode: Any)
     bits = np.ascontiguousarray(values).view(np.uint32)
     nearest = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
+
+
+def _contiguous_dot(a: Any, b: Any, *rest: Any) -> Any:
+    return _dot(*(interpreter.TensorHandle(np.ascontiguousarray(x.data), x.dtype) for x in (a, b)), *rest)
 
 
 def _noted_arguments(executor: Any, arguments: Any, named: Any) -> tuple:
