@@ -37,13 +37,20 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def folder(text: str) -> Path:
+    """A folder, which is made."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentTypeError(f"{path} cannot be made: {error.strerror}") from error
+    return path
+
+
 def output(text: str) -> Path:
     """A file that can be written; its folder is made."""
     path = Path(text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArgumentTypeError(f"{path.parent} cannot be made: {error.strerror}") from error
+    folder(str(path.parent))
     if path.is_dir():
         raise ArgumentTypeError(f"{path} is a folder, expected a file")
     if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):

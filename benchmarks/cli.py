@@ -12,7 +12,6 @@ from .stage import PASSES
 from .timing import Row
 
 DEFAULT_BENCHES = ("ceilings", "layer", "gate", "plan", "route", "permute", "grouped_gemm", "combine")
-INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
         measure(options)
     except KeyboardInterrupt:
         print("interrupted: this is what there is", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        raise
 
 
 def measure(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import arguments
 from .reading import Results, as_argument, at_full_width, device_name, load, load_profile, software, timed
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ def run(options: argparse.Namespace) -> None:
     if not timed(results.rows):
         raise SystemExit(f"bench plot: {results.path} has no time{' of these shapes' if options.shape else ''}")
     folder = options.out or results.path.parent
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         draw_results(results, folder)
     except ModuleNotFoundError as error:
@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> None:
 def add_command(commands: Any) -> None:
     parser = commands.add_parser("plot", help="pictures of a result file", description=__doc__)
     parser.add_argument("results", type=as_argument(load), metavar="FILE.json")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where they go; beside the file if not given")
+    about = "where they go; beside the file if not given"
+    parser.add_argument("--out", type=arguments.folder, metavar="DIR", help=about)
     parser.add_argument("--shape", nargs="+", metavar="NAME", help="only these; every shape if not given")
     about = "of bench profile: its stages as well"
     parser.add_argument("--profile", type=as_argument(load_profile), metavar="PROFILE.json", help=about)

@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import sys
 from collections import defaultdict
 from importlib import metadata
 from importlib.util import find_spec
@@ -10,6 +11,8 @@ import torch
 
 from widenet_kernels.ops.native import build_info
 from widenet_kernels.ops.registry import BACKENDS, PUBLIC_OPS, available_backends, why_not
+
+INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
 def print_info() -> None:
@@ -79,7 +82,10 @@ def main() -> None:
 
         cli.add_commands(commands.add_parser("bench", help="measure the kernels against others and against the limit"))
     options = parser.parse_args()
-    options.run(options)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,19 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from widenet_kernels.__main__ import main
-from widenet_kernels.benchmarks import cli, results, run, shapes, silent, stages
+from widenet_kernels.benchmarks import cli, profiling, results, run, shapes, silent, stages
 from widenet_kernels.benchmarks.arguments import output
 
 
 def run_command(*arguments):
-    parser = argparse.ArgumentParser()
-    cli.add_commands(parser)
-    options = parser.parse_args(arguments)
-    options.run(options)
+    with patch.object(sys, "argv", ["widenet_kernels", "bench", *arguments]):
+        main()
 
 
 def test_a_broken_build_is_refused(monkeypatch):
@@ -68,6 +67,15 @@ def test_an_early_interruption_leaves_the_file_as_it_was(place, tmp_path, monkey
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.endswith("interrupted: this is what there is\n")
+
+
+def test_an_interrupted_profile_ends_as_an_interrupted_run(monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profiling, "measure", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run_command("profile", "--shape", "host", "--device", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +132,14 @@ def test_a_place_that_cannot_be_written(option, tmp_path, capsys):
         assert f"argument {option[-1]}: {message}" in capsys.readouterr().err
 
 
+def test_a_place_for_pictures_that_is_a_file(tmp_path, capsys):
+    results.write(tmp_path / "a.json", [])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        run_command("plot", str(tmp_path / "a.json"), "--out", str(tmp_path / "file"))
+    assert f"argument --out: {tmp_path / 'file'} cannot be made: " in capsys.readouterr().err
+
+
 def test_the_folder_of_a_file_is_made(tmp_path):
     path = tmp_path / "new" / "folder" / "a.json"
     assert output(str(path)) == path
@@ -135,9 +151,8 @@ def test_an_error_inside_a_command_keeps_its_traceback(monkeypatch):
         raise ValueError("a bug")
 
     monkeypatch.setattr(run, "run", fails)
-    monkeypatch.setattr(sys, "argv", ["widenet_kernels", "bench", "--shape", "host", "--device", "cpu"])
     with pytest.raises(ValueError, match="a bug"):
-        main()
+        run_command("--shape", "host", "--device", "cpu")
 
 
 def test_the_list_names_everything(capsys):

@@ -3,7 +3,19 @@
 import pytest
 import torch
 from literal import literal_loss
-from tiny import BASELINES, STILL, TEXT_BASELINES, TINY, TINY_TEXT, away_from_the_start, samples, texts, tiny, tiny_text
+from tiny import (
+    BASELINES,
+    STILL,
+    TEXT_BASELINES,
+    TINY,
+    TINY_TEXT,
+    away_from_the_start,
+    overfit,
+    samples,
+    texts,
+    tiny,
+    tiny_text,
+)
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -207,29 +219,16 @@ def test_loss_and_gradients_against_the_literal_model(options: dict) -> None:
 
 @pytest.mark.parametrize("options", BASELINES.values(), ids=BASELINES)
 def test_overfits_a_handful_of_images(options: dict) -> None:
-    model = tiny(**options | STILL)
     images, labels = samples()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(40):
-        optimizer.zero_grad()
-        model(images, labels).loss.backward()
-        optimizer.step()
-    output = model.eval()(images, labels)
-    assert output.loss - 0.01 * output.aux_loss < 0.1
+    output = overfit(tiny(**options | STILL), (images,), labels=labels)
     assert torch.equal(output.logits.argmax(dim=1), labels)
 
 
 @pytest.mark.parametrize("options", TEXT_BASELINES.values(), ids=TEXT_BASELINES)
 def test_overfits_a_handful_of_texts(options: dict) -> None:
+    labels = torch.arange(5) % 3
     model = tiny_text(WideNetForSequenceClassification, **options | STILL)
-    batch, labels = texts(), torch.arange(5) % 3
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        model(*batch, labels=labels).loss.backward()
-        optimizer.step()
-    output = model.eval()(*batch, labels=labels)
-    assert output.loss - 0.01 * output.aux_loss < 0.1
+    output = overfit(model, texts(), steps=60, labels=labels)
     assert torch.equal(output.logits.argmax(dim=1), labels)
 
 

@@ -1,7 +1,18 @@
 import pytest
 import torch
 from literal import literal_masked_lm_loss
-from tiny import LENGTHS, STILL, TEXT_BASELINES, Texts, as_lists, away_from_the_start, masked_words, texts, tiny_text
+from tiny import (
+    LENGTHS,
+    STILL,
+    TEXT_BASELINES,
+    Texts,
+    as_lists,
+    away_from_the_start,
+    masked_words,
+    overfit,
+    texts,
+    tiny_text,
+)
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -265,16 +276,8 @@ def test_a_text_of_padding_alone_harms_nothing(kind: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_overfits_a_handful_of_texts(kind: type[nn.Module]) -> None:
-    model = tiny_text(kind, **STILL)
     batch = texts()
-    targets = TARGETS[kind](batch)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
-        optimizer.zero_grad()
-        model(*batch, **targets).loss.backward()
-        optimizer.step()
-    output = model.eval()(*batch, **targets)
-    assert output.loss - 0.01 * output.aux_loss < 0.1
+    overfit(tiny_text(kind, **STILL), batch, steps=150, **TARGETS[kind](batch))
 
 
 def test_autocast_and_bf16_parameters() -> None:

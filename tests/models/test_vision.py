@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from literal import literal_loss
-from tiny import STILL, TINY, away_from_the_start, samples, tiny
+from tiny import STILL, TINY, away_from_the_start, overfit, samples, tiny
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -229,15 +229,8 @@ def test_authors_form_of_the_layer() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"authors": True}, {"dense": True}], ids=["default", "authors", "dense"])
 def test_overfits_a_handful_of_samples(options: dict) -> None:
-    model = tiny(**options, dropout=0.0, num_layers=2)
     images, labels = samples()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(40):
-        optimizer.zero_grad()
-        model(images, labels).loss.backward()
-        optimizer.step()
-    output = model.eval()(images, labels)
-    assert output.loss - 0.01 * output.aux_loss < 0.1
+    output = overfit(tiny(**options, dropout=0.0, num_layers=2), (images,), labels=labels)
     assert torch.equal(output.logits.argmax(dim=1), labels)
 
 
