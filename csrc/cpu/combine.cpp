@@ -9,7 +9,7 @@
 namespace widenet::WIDENET_LEVEL {
 namespace {
 
-constexpr int64_t kColumns = 256;  // of D at a time: the sums stay in the first-level cache
+constexpr int64_t kVectors = 4;  // of sums at a time: they stay in registers over k
 
 // The last expert that begins at or before the row: those before it with the same begin are empty.
 int64_t expert_of(int64_t row, const int32_t* expert_begin, int64_t num_experts) {
@@ -21,30 +21,44 @@ int64_t expert_of(int64_t row, const int32_t* expert_begin, int64_t num_experts)
   return low;
 }
 
+// f(weight, row, bias of the row's expert or null) for what was served of the token, in k order.
+template <class T, class A, class F>
+void for_each_row(const CombineArgs& args, int64_t t, F&& f) {
+  const T *rows = static_cast<const T*>(args.rows), *bias = static_cast<const T*>(args.bias);
+  const A* weight = static_cast<const A*>(args.weight);
+  for (int64_t choice = t * args.k; choice < (t + 1) * args.k; ++choice) {
+    const int64_t row = args.choice_row[choice];
+    if (row < 0 || row >= args.num_rows) continue;
+    const T* b = bias ? bias + expert_of(row, args.expert_begin, args.num_experts) * args.dim : nullptr;
+    f(weight ? weight[choice] : A{1}, rows + row * args.dim, b);
+  }
+}
+
 template <class T, class A>
 void combine_token(const CombineArgs& args, int64_t t) {
-  const T* rows = static_cast<const T*>(args.rows);
-  const T* bias = static_cast<const T*>(args.bias);
-  const A* weight = static_cast<const A*>(args.weight);
+  constexpr int64_t lanes = Lanes<A>::size, columns = kVectors * lanes;
   T* y = static_cast<T*>(args.y) + t * args.dim;
-  for (int64_t first = 0; first < args.dim; first += kColumns) {
-    const int64_t n = first + kColumns < args.dim ? kColumns : args.dim - first;
-    A total[kColumns] = {};
-    for (int64_t k = 0; k < args.k; ++k) {
-      const int64_t row = args.choice_row[t * args.k + k];
-      if (row < 0 || row >= args.num_rows) continue;
-      const A w = weight ? weight[t * args.k + k] : 1;
-      const T* value = rows + row * args.dim + first;
-      if (bias) {
-        const T* b = bias + expert_of(row, args.expert_begin, args.num_experts) * args.dim + first;
-        for (int64_t i = 0; i < n; ++i) {
-          total[i] += w * (static_cast<A>(widen(value[i])) + static_cast<A>(widen(b[i])));
-        }
-      } else {
-        for (int64_t i = 0; i < n; ++i) total[i] += w * static_cast<A>(widen(value[i]));
+  int64_t first = 0;
+  for (; first + columns <= args.dim; first += columns) {
+    typename Lanes<A>::type total[kVectors] = {};
+    for_each_row<T, A>(args, t, [&](A w, const T* row, const T* bias) {
+      for (int64_t i = 0; i < kVectors; ++i) {
+        auto value = load<A>(row + first + i * lanes);
+        if (bias) value += load<A>(bias + first + i * lanes);
+        total[i] += w * value;
       }
-    }
-    for (int64_t i = 0; i < n; ++i) y[first + i] = narrow<T>(total[i]);
+    });
+    A sums[columns];
+    std::memcpy(sums, total, sizeof(total));
+    for (int64_t i = 0; i < columns; ++i) y[first + i] = narrow<T>(sums[i]);
+  }
+  for (; first < args.dim; ++first) {
+    A total = 0;
+    for_each_row<T, A>(args, t, [&](A w, const T* row, const T* bias) {
+      const A value = static_cast<A>(widen(row[first]));
+      total += w * (bias ? value + static_cast<A>(widen(bias[first])) : value);
+    });
+    y[first] = narrow<T>(total);
   }
 }
 
