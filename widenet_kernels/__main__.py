@@ -22,7 +22,7 @@ def print_info() -> None:
     print(f"widenet_kernels {built['version']}, Python {platform.python_version()}, {packages}")
     if built["native"]:
         print(f"library       {built['library']}, on the stable ABI of LibTorch {built['stable_abi']}")
-        print(f"CPU kernels   baseline, avx2, avx512; this CPU runs {built['cpu_level']}")
+        print(f"CPU kernels   baseline, avx2, avx512, avx512_bf16; this CPU runs {built['cpu_level']}")
         print(f"CUDA kernels  {cuda_kernels(built)}")
     else:
         print(f"library       none: {built['reason']}")

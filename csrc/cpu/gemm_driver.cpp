@@ -27,15 +27,16 @@ int64_t even_part(int64_t size, int64_t most, int64_t unit) {
   return ceil_div(ceil_div(size, parts), unit) * unit;
 }
 
-// What is packed of a at a time, rows x depth, a few pieces of K deep; and the floats for the sums of a narrower out.
+// What is packed of a at a time, rows x depth, a few pieces of K deep; and the floats for the sums of a narrower out,
+// unless one piece of K is all of it.
 struct Workspace {
   int64_t piece, rows, depth, sums;
 
   Workspace(const GemmTile& tile, const Product& product)
-      : piece(even_part(product.k, tile.depth, kPieceUnit)),
+      : piece(even_part(product.k, product.out_type == DType::bf16 ? tile.bf16_depth : tile.depth, kPieceUnit)),
         rows(even_part(product.m, kMostRows / tile.rows * tile.rows, tile.rows)),
         depth(std::min(std::max(kPackedFloats / std::max(rows * piece, int64_t{1}), int64_t{1}) * piece, product.k)),
-        sums(product.out_type == DType::f32 ? 0 : std::min(rows, product.m) * product.n) {}
+        sums(product.out_type == DType::f32 || product.k <= piece ? 0 : std::min(rows, product.m) * product.n) {}
   int64_t packed() const { return rows * depth; }
 };
 

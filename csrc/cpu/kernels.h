@@ -177,7 +177,7 @@ struct Operand {
 struct GemmArgs {
   DType type;  // of a, b and out: f32, bf16 or f16
   int64_t m, n, k;
-  int64_t piece;  // of K, the products that are summed in registers; at most the tile's depth
+  int64_t piece;  // of K, the products that are summed in registers; at most the tile's depth, or pairs of it
   Operand a, b;
   float* packed_a;  // [M rounded up to whole tiles, K]
   int64_t row_parts, column_parts;
@@ -191,6 +191,7 @@ struct GemmArgs {
 // The sizes that gemm cuts its matrices into.
 struct GemmTile {
   int64_t rows, columns, depth;  // of what is summed in registers, at most
+  int64_t bf16_depth;            // the same for an out of bf16, from pairs: more
   int64_t part_columns;          // a part has at most so many
 };
 

@@ -19,11 +19,18 @@
   void reduce_chunks(const ReduceChunksArgs&, int64_t, int64_t);             \
   void weight_gradient(const WeightGradientArgs&, int64_t, int64_t);         \
   void accumulate(const AccumulateArgs&, int64_t, int64_t);                  \
-  void gemm_pack(const GemmArgs&, int64_t, int64_t);                         \
-  void gemm(const GemmArgs&, int64_t, int64_t);                              \
-  extern const GemmTile gemm_tile;                                           \
+  }
+#define WIDENET_DECLARE_GEMM(level)                  \
+  namespace widenet::level {                         \
+  void gemm_pack(const GemmArgs&, int64_t, int64_t); \
+  void gemm(const GemmArgs&, int64_t, int64_t);      \
+  extern const GemmTile gemm_tile;                   \
   }
 
 WIDENET_DECLARE_LEVEL(baseline)
 WIDENET_DECLARE_LEVEL(avx2)
 WIDENET_DECLARE_LEVEL(avx512)
+WIDENET_DECLARE_GEMM(baseline)
+WIDENET_DECLARE_GEMM(avx2)
+WIDENET_DECLARE_GEMM(avx512)
+WIDENET_DECLARE_GEMM(avx512_bf16)

@@ -1,13 +1,17 @@
 """The CPU's own GEMM at every level of vector instructions, against torch and against the same product in float64."""
 
+import native
 import pytest
 import torch
 
 from widenet_kernels.testing import inputs
 from widenet_kernels.testing.numerics import assert_as_good_as, assert_same_bits
 
-# M, K, N: single elements; a tile of 6 or 12 rows and 16 or 32 columns, one less, one more; pieces of 192 of K; blocks
-# of 256 columns; more rows than are packed at a time (3,072), more of K than is packed at a time beside them.
+pytestmark = pytest.mark.parametrize("kernels", [*native.LEVELS, "avx512_bf16"], indirect=True)
+
+# M, K, N: single elements; a tile of 6 or 12 rows and 16 or 32 columns, one less, one more; pieces of 192 of K, or of
+# 768 in pairs; blocks of 256 columns; more rows than are packed at a time (3,072), more of K than is packed at a time
+# beside them.
 SIZES = (
     (1, 1, 1),
     (2, 3, 5),
@@ -18,6 +22,7 @@ SIZES = (
     (25, 600, 257),
     (3073, 9, 17),
     (700, 1030, 40),
+    (25, 801, 70),
 )
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
