@@ -258,6 +258,15 @@ def test_compiles_as_one_graph(kind: str) -> None:
         ({"routing_groups": 3, "share_blocks": False}, "routing_groups: expected None with share_blocks=False"),
         ({"attention_dropout": 1.0}, "attention_dropout: expected at least 0 and below 1, got 1.0"),
         ({"authors": True, "share_blocks": False, "moe_layers": 2}, "authors: expected False with dense=True or fewer"),
+        # as a file may have them
+        ({"dropout": None}, "dropout: expected at least 0 and below 1, got None"),
+        ({"capacity_factor": "1.2"}, "capacity_factor: expected a finite number >= 0, got '1.2'"),
+        ({"noise_std": False}, "noise_std: expected a finite number >= 0, got False"),
+        ({"aux_loss_weight": None}, "aux_loss_weight: expected a finite number >= 0, got None"),
+        ({"layer_norm_eps": "1e-6"}, "layer_norm_eps: expected a finite number above 0, got '1e-6'"),
+        ({"dense": "false"}, "dense: expected True or False, got 'false'"),
+        ({"pre_norm": 1}, "pre_norm: expected True or False, got 1"),
+        ({"backend": "cuda"}, "backend: expected None or 'native' or 'triton' or 'reference', got 'cuda'"),
     ],
 )
 @pytest.mark.parametrize("kind", [WideNetConfig, WideNetTextConfig])

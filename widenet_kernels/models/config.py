@@ -1,12 +1,17 @@
 """The sizes and switches of a WideNet (Xue et al. 2021, arXiv 2107.11817) and its baselines, checked when set."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 PRIORITIES = ("choice", "token", "score")
 POOLINGS = ("mean", "token")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+BACKENDS = (None, "native", "triton", "reference")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +106,19 @@ class EncoderConfig:
             self._refuse("k", f"1 to {self.num_experts}, the number of experts")
         self._check_choice("priority", PRIORITIES)
         self._check_choice("activation", ACTIVATIONS)
+        self._check_choice("backend", BACKENDS)
         for name in ("capacity_factor", "eval_capacity_factor", "noise_std", "aux_loss_weight"):
             value = getattr(self, name)
             if value is None and name != "aux_loss_weight":
                 continue
-            if not 0 <= value < math.inf:
+            if not (is_number(value) and 0 <= value < math.inf):
                 self._refuse(name, "a finite number >= 0")
         self._check_shares("dropout", "attention_dropout", "expert_dropout")
-        if not 0 < self.layer_norm_eps < math.inf:
+        if not (is_number(self.layer_norm_eps) and 0 < self.layer_norm_eps < math.inf):
             self._refuse("layer_norm_eps", "a finite number above 0")
+        for field in fields(self):
+            if field.type is bool and not isinstance(getattr(self, field.name), bool):
+                self._refuse(field.name, "True or False")
         self._check_who_routes()
         if self.authors and self.first_moe_layer:
             self._refuse("authors", "False with dense=True or fewer moe_layers: it is a form of the experts alone")
@@ -136,10 +145,11 @@ class EncoderConfig:
 
     def _check_shares(self, *names: str) -> None:
         for name in names:
-            if not 0 <= getattr(self, name) < 1:
+            value = getattr(self, name)
+            if not (is_number(value) and 0 <= value < 1):
                 self._refuse(name, "at least 0 and below 1")
 
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+    def _check_choice(self, name: str, choices: tuple[str | None, ...]) -> None:
         if getattr(self, name) not in choices:
             self._refuse(name, " or ".join(map(repr, choices)))
 
