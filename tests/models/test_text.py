@@ -102,6 +102,33 @@ def test_answering_has_no_pooler_and_every_parameter_gets_a_gradient() -> None:
     assert unused.unexpected_keys == ["pooler.weight", "pooler.bias"]
 
 
+@pytest.mark.parametrize(
+    ("task", "unused"),
+    [("labels", ("model.pooler.", "sentence_order.")), ("sentence_order_labels", ("dense.", "norm.", "decoder_bias"))],
+)
+def test_one_task_alone_leaves_the_other_head_without_gradients(task: str, unused: tuple[str, ...]) -> None:
+    """What DistributedDataParallel has to be told of."""
+    model, batch = tiny_text(WideNetForMaskedLM), texts()
+    model(*batch, **{task: TARGETS[WideNetForMaskedLM](batch)[task]}).loss.backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == {
+        name for name, _ in model.named_parameters() if name.startswith(unused)
+    }
+
+
+def test_a_pretrained_model_moves_under_another_head() -> None:
+    pretrained, classifying = tiny_text(WideNetForMaskedLM, seed=1), tiny_text(WideNetForSequenceClassification)
+    classifying.model.load_state_dict(pretrained.model.state_dict())
+    batch = texts()
+    hidden = pretrained.eval().model(*batch).pooled
+    assert torch.equal(classifying.eval()(*batch).logits, classifying.head(hidden))
+
+
+def test_int32_words_and_segments_are_as_int64() -> None:
+    model, batch = tiny_text(WideNetTextModel).eval(), texts()
+    narrow = Texts(batch.input_ids.int(), batch.attention_mask.to(torch.uint8), batch.token_type_ids.int())
+    assert torch.equal(model(*narrow).hidden, model(*batch).hidden)
+
+
 def test_dropouts_of_bert() -> None:
     """On the normalised embeddings, attention weights, attention output and FFN output."""
     model = tiny_text(WideNetTextModel)
@@ -292,6 +319,9 @@ def test_autocast_and_bf16_parameters() -> None:
         assert output.logits.dtype == torch.bfloat16
         assert output.loss.dtype == output.aux_loss.dtype == torch.float32
         torch.testing.assert_close(output.loss, full.loss, rtol=0.02, atol=0)
+        wide = output._replace(logits=output.logits.float(), sentence_order_logits=output.sentence_order_logits.float())
+        losses = main_losses(wide, batch, {"labels": labels, "sentence_order_labels": orders})
+        torch.testing.assert_close(output.loss, sum(losses) + 0.01 * output.aux_loss, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("options", [{}, TEXT_BASELINES["groups"]], ids=["widenet", "groups"])
@@ -344,20 +374,25 @@ def zeros(*shape: int) -> Tensor:
         (0, {"input_ids": zeros(7)}, "input_ids: expected [N, L] = [any, any], got [7]"),
         (0, {"input_ids": zeros(5, 10)}, "input_ids: expected [N, L] with L from 1 to max_positions 9, got [5, 10]"),
         (0, {"input_ids": zeros(5, 0)}, "input_ids: expected [N, L] with L from 1 to max_positions 9, got [5, 0]"),
-        (0, {"input_ids": torch.zeros(5, 7)}, "input_ids: expected integers [N, L], got torch.float32"),
+        (0, {"input_ids": zeros(5, 7).short()}, "input_ids: expected [N, L] of torch.int64 or torch.int32, got torch"),
+        (0, {"input_ids": [[1, 2]]}, "input_ids: expected [N, L] of torch.int64 or torch.int32, got list"),
         (0, {"attention_mask": zeros(5, 6)}, "attention_mask: expected [N, L] = [5, 7], got [5, 6]"),
-        (0, {"attention_mask": torch.zeros(5, 7)}, "attention_mask: expected integers [N, L], got torch.float32"),
+        (0, {"attention_mask": torch.zeros(5, 7)}, "attention_mask: expected [N, L] of torch.bool or torch.int64 or "),
+        (0, {"token_type_ids": zeros(5, 7).bool()}, "token_type_ids: expected [N, L] of torch.int64 or torch.int32, g"),
         (0, {"token_type_ids": zeros(7, 5)}, "token_type_ids: expected [N, L] = [5, 7], got [7, 5]"),
         (0, {"labels": zeros(7, 5)}, "labels: expected [N, L] = [5, 7], got [7, 5]"),
         (0, {"sentence_order_labels": zeros(7)}, "sentence_order_labels: expected [N] = [5], got [7]"),
-        (1, {"labels": torch.zeros(5)}, "labels: expected integers [N], got torch.float32"),
+        (0, {"labels": zeros(5, 7).int()}, "labels: expected [N, L] of torch.int64, got torch.int32"),
+        (0, {"sentence_order_labels": zeros(5).bool()}, "sentence_order_labels: expected [N] of torch.int64, got"),
+        (1, {"labels": torch.zeros(5)}, "labels: expected [N] of torch.int64, got torch.float32"),
         (2, {"start_positions": zeros(5)}, "end_positions: expected both positions or none, got one"),
         (2, {"end_positions": zeros(5)}, "start_positions: expected both positions or none, got one"),
         (2, {"start_positions": zeros(5, 1), "end_positions": zeros(5)}, "start_positions: expected [N] = [5], got"),
+        (2, {"start_positions": zeros(5), "end_positions": zeros(6)}, "end_positions: expected [N] = [5], got [6]"),
     ],
 )
 def test_arguments_of_another_shape_or_dtype(kind: int, arguments: dict, message: str) -> None:
-    error = TypeError if "integers" in message else ValueError
+    error = TypeError if " of torch" in message else ValueError
     with pytest.raises(error, match=r"^WideNet") as caught:
         tiny_text(KINDS[kind])(**texts()._asdict() | arguments)
     assert message in str(caught.value)

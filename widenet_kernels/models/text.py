@@ -14,6 +14,9 @@ from widenet_kernels.models.config import WideNetTextConfig
 from widenet_kernels.models.pretrained import PretrainedModel
 from widenet_kernels.nn import Experts, MoEAux, TopKRouter
 
+LABELS = (torch.int64,)
+IDS = (torch.int64, torch.int32)
+MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 INIT_STD = 0.02  # BERT's, who cuts its normal distribution off at two of them; that the router has it is our choice
 
 
@@ -43,11 +46,19 @@ def init_normal(module: nn.Module) -> None:
             nn.init.zeros_(bias)
 
 
-def check_integers(model: nn.Module, name: str, tensor: Tensor, shape: tuple[int | str, ...], letters: str) -> None:
-    """Raises ValueError or TypeError unless it is a tensor of integers or bools of this shape ("any": whatever)."""
+def check_integers(
+    model: nn.Module,
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | str, ...],
+    letters: str,
+    dtypes: tuple[torch.dtype, ...] = LABELS,
+) -> None:
+    """Raises TypeError or ValueError unless it is a tensor of these dtypes and this shape ("any": whatever)."""
     owner = type(model).__name__
-    if tensor.is_floating_point() or tensor.is_complex():
-        raise TypeError(f"{owner}: {name}: expected integers {letters}, got {tensor.dtype}")
+    if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{owner}: {name}: expected {letters} of {' or '.join(map(str, dtypes))}, got {got}")
     sizes = tuple(tensor.shape)
     if len(sizes) != len(shape) or any(want not in ("any", have) for have, want in zip(sizes, shape, strict=True)):
         raise ValueError(f"{owner}: {name}: expected {letters} = [{', '.join(map(str, shape))}], got {list(sizes)}")
@@ -102,7 +113,7 @@ class WideNetTextModel(PretrainedModel):
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         else:
-            check_integers(self, "token_type_ids", token_type_ids, tuple(input_ids.shape), "[N, L]")
+            check_integers(self, "token_type_ids", token_type_ids, tuple(input_ids.shape), "[N, L]", IDS)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = (
             self.word_embedding(input_ids)
@@ -120,7 +131,7 @@ class WideNetTextModel(PretrainedModel):
 
     def _padding_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """[N, L] bool, False at padding, after a look at both arguments; None: there is no padding."""
-        check_integers(self, "input_ids", input_ids, ("any", "any"), "[N, L]")
+        check_integers(self, "input_ids", input_ids, ("any", "any"), "[N, L]", IDS)
         if not 1 <= input_ids.shape[1] <= self.config.max_positions:
             raise ValueError(
                 f"WideNetTextModel: input_ids: expected [N, L] with L from 1 to max_positions "
@@ -128,5 +139,5 @@ class WideNetTextModel(PretrainedModel):
             )
         if attention_mask is None:
             return None
-        check_integers(self, "attention_mask", attention_mask, tuple(input_ids.shape), "[N, L]")
+        check_integers(self, "attention_mask", attention_mask, tuple(input_ids.shape), "[N, L]", MASKS)
         return attention_mask != 0

@@ -38,26 +38,42 @@ class WideNetQuestionAnsweringOutput(NamedTuple):
     routing: tuple[MoEAux, ...]
 
 
-def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """logits [..., C], labels [...] -> the mean over the labels that are not IGNORED; 0 if all are."""
-    total = F.cross_entropy(widened(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
-
-
-class WideNetForMaskedLM(PretrainedModel):
-    """The two tasks of ALBERT's pre-training (Lan et al. 2020, arXiv 1909.11942): masked words, order of sentences.
-
-    Words: Linear to ``embedding_size``, the config's activation, LayerNorm, and the word embedding itself with a bias
-    as the decoder. Order: a Linear on the pooled output, to "in order" and "swapped".
-    """
+class TextHead(PretrainedModel):
+    """A :class:`WideNetTextModel`, on which a head stands."""
 
     config_class = WideNetTextConfig
     config: WideNetTextConfig
 
-    def __init__(self, config: WideNetTextConfig) -> None:
+    def __init__(self, config: WideNetTextConfig, pooler: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.model = WideNetTextModel(config)
+        self.model = WideNetTextModel(config, pooler)
+
+    def _cross_entropy(self, name: str, logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The mean over what has a label; ``name`` is that of the argument.
+
+        logits [..., C], labels [...] int64, attention_mask [...] (0 or False: no label) -> scalar.
+        """
+        shape = tuple(logits.shape[:-1])
+        check_integers(self, name, labels, shape, "[N, L]" if len(shape) == 2 else "[N]")
+        if attention_mask is not None:
+            labels = labels.masked_fill(attention_mask == 0, IGNORED)
+        total = F.cross_entropy(widened(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+class WideNetForMaskedLM(TextHead):
+    """The two tasks of ALBERT's pre-training (Lan et al. 2020, arXiv 1909.11942): masked words, order of sentences.
+
+    Words: Linear to ``embedding_size``, the config's activation, LayerNorm, and the word embedding itself with a bias
+    as the decoder. Order: a Linear on the pooled output, to "in order" and "swapped".
+
+    Trained on one of the two alone, the head of the other (with the pooler, where it is the order) gets no gradient:
+    DistributedDataParallel then needs ``find_unused_parameters=True``.
+    """
+
+    def __init__(self, config: WideNetTextConfig) -> None:
+        super().__init__(config)
         self.dense = nn.Linear(config.hidden_size, config.embedding_size)
         self.norm = nn.LayerNorm(config.embedding_size, config.layer_norm_eps)
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -89,27 +105,21 @@ class WideNetForMaskedLM(PretrainedModel):
         order_logits = self.sentence_order(encoded.pooled)
         losses = []
         if labels is not None:
-            check_integers(self, "labels", labels, tuple(input_ids.shape), "[N, L]")
-            if attention_mask is not None:
-                labels = labels.masked_fill(attention_mask == 0, IGNORED)
-            losses.append(mean_cross_entropy(logits, labels))
+            losses.append(self._cross_entropy("labels", logits, labels, attention_mask))
         if sentence_order_labels is not None:
-            check_integers(self, "sentence_order_labels", sentence_order_labels, (len(input_ids),), "[N]")
-            losses.append(mean_cross_entropy(order_logits, sentence_order_labels))
+            losses.append(self._cross_entropy("sentence_order_labels", order_logits, sentence_order_labels))
         loss = sum(losses) + self.config.aux_loss_weight * encoded.aux_loss if losses else None
         return WideNetMaskedLMOutput(loss, logits, order_logits, encoded.aux_loss, encoded.routing)
 
 
-class WideNetForSequenceClassification(PretrainedModel):
-    """A class for each text: dropout and a Linear on the pooled output (Devlin et al. 2019, arXiv 1810.04805)."""
+class WideNetForSequenceClassification(TextHead):
+    """A class for each text: dropout and a Linear on the pooled output (Devlin et al. 2019, arXiv 1810.04805).
 
-    config_class = WideNetTextConfig
-    config: WideNetTextConfig
+    A pre-trained model is loaded with ``classifying.model.load_state_dict(pretrained.model.state_dict())``.
+    """
 
     def __init__(self, config: WideNetTextConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = WideNetTextModel(config)
+        super().__init__(config)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.hidden_size, config.num_labels)
         init_normal(self.head)
@@ -134,25 +144,19 @@ class WideNetForSequenceClassification(PretrainedModel):
         logits = self.head(self.dropout(encoded.pooled))
         loss = None
         if labels is not None:
-            check_integers(self, "labels", labels, (len(input_ids),), "[N]")
-            loss = mean_cross_entropy(logits, labels) + self.config.aux_loss_weight * encoded.aux_loss
+            loss = self._cross_entropy("labels", logits, labels) + self.config.aux_loss_weight * encoded.aux_loss
         return WideNetOutput(loss, logits, encoded.aux_loss, encoded.routing)
 
 
-class WideNetForQuestionAnswering(PretrainedModel):
+class WideNetForQuestionAnswering(TextHead):
     """Where in the text the answer starts and ends: one Linear to both logits (Devlin et al. 2019, section 4.2).
 
     It has no pooler: the rest of a pre-trained model is loaded with
     ``answering.model.load_state_dict(pretrained.model.state_dict(), strict=False)``.
     """
 
-    config_class = WideNetTextConfig
-    config: WideNetTextConfig
-
     def __init__(self, config: WideNetTextConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = WideNetTextModel(config, pooler=False)
+        super().__init__(config, pooler=False)
         self.head = nn.Linear(config.hidden_size, 2)
         init_normal(self.head)
 
@@ -184,9 +188,7 @@ class WideNetForQuestionAnswering(PretrainedModel):
             raise ValueError(f"WideNetForQuestionAnswering: {missing}: expected both positions or none, got one")
         loss = None
         if start_positions is not None and end_positions is not None:
-            for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
-                check_integers(self, name, positions, (len(input_ids),), "[N]")
-            start_loss = mean_cross_entropy(start_logits, start_positions)
-            end_loss = mean_cross_entropy(end_logits, end_positions)
+            start_loss = self._cross_entropy("start_positions", start_logits, start_positions)
+            end_loss = self._cross_entropy("end_positions", end_logits, end_positions)
             loss = (start_loss + end_loss) / 2 + self.config.aux_loss_weight * encoded.aux_loss
         return WideNetQuestionAnsweringOutput(loss, start_logits, end_logits, encoded.aux_loss, encoded.routing)
