@@ -261,6 +261,8 @@ def test_autocast_bf16() -> None:
     assert output.logits.dtype == torch.bfloat16
     assert output.loss.dtype == output.aux_loss.dtype == torch.float32
     torch.testing.assert_close(output.loss, full.loss, rtol=0.02, atol=0)
+    in_fp32 = nn.functional.cross_entropy(output.logits.float(), labels) + 0.01 * output.aux_loss
+    torch.testing.assert_close(output.loss, in_fp32, rtol=1e-6, atol=0)
     for parameter in model.parameters():
         assert parameter.grad.dtype == torch.float32
         assert parameter.grad.isfinite().all()
