@@ -183,6 +183,8 @@ def test_dropouts_are_the_checkpoints_unless_told_otherwise() -> None:
     config = upcycle_vit(dense).config
     assert (config.dropout, config.attention_dropout) == (0.2, 0.3)
     assert upcycle_vit(dense, dropout=0.0, capacity_factor=1.2).config.capacity_factor == 1.2
+    classes = albert("AlbertForSequenceClassification", hidden_dropout_prob=0.2, classifier_dropout_prob=0.4)
+    assert upcycle_albert(classes).dropout.p == 0.2
 
 
 def test_a_body_without_a_classifier_gets_a_new_one() -> None:
@@ -260,6 +262,9 @@ def test_says_what_does_not_fit(options: dict[str, Any], overrides: dict[str, An
 def test_another_kind_of_checkpoint() -> None:
     with pytest.raises(ValueError, match="upcycle_vit: source: expected one of model_type 'vit', got 'albert'"):
         upcycle_vit(albert())
+    for other in (nn.Linear(2, 2), upcycle_vit(vit())):
+        with pytest.raises(ValueError, match="upcycle_vit: source: expected one of model_type 'vit', got None"):
+            upcycle_vit(other)
     with pytest.raises(
         ValueError, match=r"kind: expected one of WideNetTextModel, .* for AlbertForTokenClassification"
     ):

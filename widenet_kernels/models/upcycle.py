@@ -99,8 +99,9 @@ Model = TypeVar("Model", bound=PretrainedModel)
 def upcycle_vit(source: nn.Module | Folder, **overrides: Any) -> WideNetForImageClassification:
     """A ViT whose blocks have experts in place of their FFN, in evaluation mode and the checkpoint's dtype.
 
-    Nothing is shared between blocks. The class token and its position embedding are one here, for our first position is
-    zero. A classifier of another size than ``num_classes`` starts anew; a pooler has no place.
+    Nothing is shared between blocks, and the dropouts are the checkpoint's. The class token and its position embedding
+    are one here, for our first position is zero. A classifier of another size than ``num_classes`` starts anew; a
+    pooler has no place.
 
     Args:
         source: a ``ViTForImageClassification`` or ``ViTModel`` (then with ``num_classes``), or the folder of one.
@@ -152,6 +153,8 @@ def upcycle_albert(
     """A WideNet for text that starts as an ALBERT, in evaluation mode and the checkpoint's dtype.
 
     Attention and FFN are shared by all blocks in both; the LayerNorms, which ALBERT shares, become each block's own.
+    The dropouts are the checkpoint's (0 unless it was told otherwise), that in front of a classifier of texts
+    ``hidden_dropout_prob`` too: say ``dropout=0.1`` where the few texts of a fine-tuning want more.
     What the checkpoint lacks (the pooler and the order of sentences of an ``AlbertForMaskedLM``, the head of another
     ``kind``, a classifier of another size than ``num_labels``) starts anew.
 
@@ -236,7 +239,8 @@ class DenseCheckpoint:
     ) -> None:
         self.owner = owner
         if isinstance(source, nn.Module):
-            self.config: dict[str, Any] = source.config.to_dict()  # type: ignore[union-attr, operator]
+            to_dict = getattr(getattr(source, "config", None), "to_dict", dict)  # a model of others has no model_type
+            self.config: dict[str, Any] = to_dict()
             tensors = source.state_dict()
             self.architecture = type(source).__name__
         else:
