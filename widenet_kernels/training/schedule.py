@@ -30,7 +30,8 @@ def warmup_decay(
     code has a line instead, with ``first`` and ``final`` 1e-3 (lr from 1e-5 to 0.01 and back), and 313 steps an epoch.
 
     Args:
-        optimizer: any; its groups' lr at this moment is the highest.
+        optimizer: any; its groups' lr at this moment is the highest. Where a schedule has been on it before, their
+            ``initial_lr``, which that one left, is.
         warmup_steps: steps until then, 0 for none.
         total_steps: steps of the whole training, the warm-up among them.
         shape: "cosine" or "linear".
