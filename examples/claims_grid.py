@@ -133,7 +133,7 @@ def corpus_path(folder: pathlib.Path) -> pathlib.Path:
 
 
 def corpus(folder: pathlib.Path, source: pathlib.Path | None, recipe: Record) -> Record:
-    """The text in pieces, made once for all runs. Raises ValueError for one that was made otherwise."""
+    """The text in pieces, made once for all runs. Raises ValueError for too little, and for one made otherwise."""
     path = corpus_path(folder)
     settings = {"source": source and str(source), "vocabulary": recipe["vocabulary"], "positions": recipe["positions"]}
     if path.exists():
@@ -141,6 +141,12 @@ def corpus(folder: pathlib.Path, source: pathlib.Path | None, recipe: Record) ->
         check_settings(path, there["settings"], settings)
         return there["data"]
     data = prepare(source, recipe["vocabulary"], recipe["positions"])
+    counts, least = (len(data["train"]), len(data["held_out"])), recipe["batch"]
+    if min(counts) < least:
+        raise ValueError(
+            f"corpus: expected {least} pairs of sentences, a batch, or more to learn from and as many held out, "
+            f"got {counts[0]} and {counts[1]}"
+        )
     write(path, {"settings": settings, "data": data})
     return data
 
