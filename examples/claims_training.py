@@ -137,7 +137,10 @@ def total(routings: list[tuple[MoEAux, ...]], name: str) -> Tensor:
 
 
 def norm_divergence(model: nn.Module) -> dict[str, list[float]]:
-    """How far apart the LayerNorms in front of the FFNs are, depth by depth (Figures 4 and 5 of the paper)."""
+    """How far apart the FFNs' LayerNorms are, depth by depth (Figures 4 and 5 of the paper).
+
+    Those of images stand in front of the FFNs, as in the paper; those of texts behind them, as in BERT and ALBERT.
+    """
     (encoder,) = (module for module in model.modules() if isinstance(module, WideNetEncoder))
     norms = [block.ffn_norm for block in encoder.blocks]
     return {
