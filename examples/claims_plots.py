@@ -73,7 +73,7 @@ def draw_parameters(axes: Axes, results: list[Record], task: str) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("trainable parameters")
+    axes.set_xlabel("trainable parameters (equal ones side by side)")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_title(f"{task}: accuracy on {WHAT[task]}")
     tidy(axes)

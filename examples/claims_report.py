@@ -90,6 +90,7 @@ CLAIMS = (
 class Verdict(NamedTuple):
     mean: float
     margin: float  # half of the confidence interval
+    p: float  # how often a mean is so far from 0, or farther, where nothing is different
     word: str
 
 
@@ -99,12 +100,29 @@ def judge(differences: list[float]) -> Verdict:
     It shows, or its opposite does, where 0 is outside of Student's confidence interval of the mean difference.
     """
     mean, count = statistics.fmean(differences), len(differences)
-    margin = math.inf
-    if count > 1:
-        deviation = statistics.stdev(differences) / math.sqrt(count)
-        margin = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation
+    if count == 1:
+        return Verdict(mean, math.inf, 1.0, "not decided")
+    error = statistics.stdev(differences) / math.sqrt(count)
+    margin = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    p = 2 * float(student.sf(abs(mean) / error, count - 1)) if error else float(mean == 0)
     word = "shows" if mean > margin else "opposite" if mean < -margin else "not decided"
-    return Verdict(mean, margin, word)
+    return Verdict(mean, margin, p, word)
+
+
+Judged = tuple[Claim, dict[str, Verdict]]  # a verdict for each measure
+
+
+def joint_bound(verdicts: list[Verdict]) -> float:
+    """The largest p of those that hold for all comparisons together, by Holm's step-down procedure (1979).
+
+    Where nothing is different, one or more of them hold in 5 % of all reports, not of all comparisons.
+    """
+    bound = 0.0
+    for rank, p in enumerate(sorted(verdict.p for verdict in verdicts)):
+        if p > (1 - CONFIDENCE) / (len(verdicts) - rank):
+            break
+        bound = p
+    return bound
 
 
 def measured(result: Record, name: str) -> float:
@@ -152,7 +170,7 @@ def table(results: list[Record], task: str) -> str:
     heads = ["variant", "parameters", "accuracy, %", "loss", "in training, %", "loss"]
     if task == "text":
         names.append("order_accuracy")
-        heads.append("order, %")
+        heads.append("order, % (chance 50)")
     rows = []
     for variant, (label, _) in VARIANTS.items():
         runs = [run for run in results if (run["settings"]["task"], run["settings"]["variant"]) == (task, variant)]
@@ -168,50 +186,79 @@ def table(results: list[Record], task: str) -> str:
     return markdown([*heads, "dropped", "s/run"], rows)
 
 
+def in_common(settings: Record) -> str:
+    """The sizes and the recipe of all runs of a task."""
+    given = {**settings["model"], **settings["recipe"]}
+    return RECIPE + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items()) + "."
+
+
 def summed_up(verdicts: dict[str, Verdict]) -> str:
     """One word where all measures agree, else each measure's."""
     words = {verdict.word for verdict in verdicts.values()}
     return words.pop() if len(words) == 1 else ", ".join(f"{name} {verdict.word}" for name, verdict in verdicts.items())
 
 
-def claims_table(results: list[Record], task: str) -> tuple[str, dict[str, list[str]]]:
-    """What is said of each claim, and which ones each verdict holds for."""
-    rows: list[list[str]] = []
-    words: dict[str, list[str]] = {}
+def judge_all(results: list[Record], task: str) -> list[Judged]:
+    """The claims about this task whose variants were run."""
+    judged = []
     for claim in CLAIMS:
         verdicts = {name: judge_claim(results, task, claim, name) for name in claim.measures if task in claim.paper}
-        if not verdicts or None in verdicts.values():
-            continue
-        cells = [
-            f"{name.removeprefix('train_')} {number(name, verdict.mean, verdict.margin, '+')}: {verdict.word}"
-            for name, verdict in verdicts.items()
-        ]
-        rows.append([claim.text, f"{VARIANTS[claim.better].label} vs {VARIANTS[claim.worse].label}"])
-        rows[-1] += [claim.paper[task], *cells]
+        found = {name: verdict for name, verdict in verdicts.items() if verdict is not None}
+        if found:
+            judged.append((claim, found))
+    return judged
+
+
+def claims_table(judged: list[Judged], task: str, bound: float) -> str:
+    """What is said of each claim; bold: with a p up to ``bound``."""
+    rows = []
+    for claim, verdicts in judged:
+        cells = [claim.text, f"{VARIANTS[claim.better].label} vs {VARIANTS[claim.worse].label}", claim.paper[task]]
+        for name, verdict in verdicts.items():
+            word = f"**{verdict.word}**" if verdict.p <= bound else verdict.word
+            said = number(name, verdict.mean, verdict.margin, "+")
+            cells.append(f"{name.removeprefix('train_')} {said}: {word}")
+        rows.append(cells)
+    return markdown(["claim", "compared", "paper", "here", "here"], rows)
+
+
+def sorted_claims(judged: list[Judged]) -> str:
+    """Which claims each verdict holds for."""
+    words: dict[str, list[str]] = {}
+    for claim, verdicts in judged:
         words.setdefault(summed_up(verdicts), []).append(claim.text)
-    return markdown(["claim", "compared", "paper", "here", "here"], rows), words
+    return "\n".join(f"- {word}: {'; '.join(texts)}" for word, texts in words.items())
 
 
 def report(results: list[Record]) -> str:
     """Markdown: for each task the variants, the claims, and the claims sorted by what became of them."""
+    tasks = dict.fromkeys(result["settings"]["task"] for result in results)
+    judged = {task: judge_all(results, task) for task in tasks}
+    everything = [verdict for claims in judged.values() for _, verdicts in claims for verdict in verdicts.values()]
+    bound = joint_bound(everything)
     parts = []
-    for task in dict.fromkeys(result["settings"]["task"] for result in results):
-        own = [result for result in results if result["settings"]["task"] == task]
-        seeds = len({result["settings"]["seed"] for result in own})
-        claims, words = claims_table(results, task)
-        parts += [f"## {task}, {seeds} seed{'s' if seeds > 1 else ''}", table(results, task)]
-        parts.append(SPREAD)
-        if words:
-            parts += [claims, RULE, "\n".join(f"- {word}: {'; '.join(texts)}" for word, texts in words.items())]
+    for task, claims in judged.items():
+        settings = [result["settings"] for result in results if result["settings"]["task"] == task]
+        seeds = len({one["seed"] for one in settings})
+        parts += [f"## {task}, {seeds} seed{'s' if seeds > 1 else ''}", in_common(settings[0])]
+        parts += [table(results, task), SPREAD]
+        if claims:
+            parts += [claims_table(claims, task, bound), sorted_claims(claims)]
+    if everything:
+        parts += ["## How it is judged", RULE.format(count=len(everything), chance=(1 - CONFIDENCE) * len(everything))]
     return "\n\n".join(parts) + "\n"
 
 
+RECIPE = "All with one recipe, AdamW with a warm-up and a cosine, and what else their names do not say: "
 SPREAD = (
     "Mean ± standard deviation over the seeds, at the end of the training; in training: on the batches of its last "
-    "quarter, as the network gets them."
+    "quarter, as the network gets them; dropped: of the choices on held-out data, those that found their expert full."
 )
 RULE = (
     "Differences are in favour of the claim where positive; accuracy in points, gamma and beta in 1e-3. They are "
     f"paired by seed: mean ± half of the {CONFIDENCE:.0%} confidence interval (Student's t). A claim shows, or its "
-    "opposite does, where 0 is outside of it; where nothing is different, each does for one comparison in forty."
+    "opposite does, where 0 is outside of it. By chance alone that would be so for {chance:.0f} of the {count} "
+    "comparisons of this report; what holds for all of them together (Holm's correction, 5 %) is bold. A seed decides "
+    "the initial values, the batches and what is drawn in training; the data is the same for all, so nothing is said "
+    "of how another corpus or other images would decide."
 )

@@ -89,6 +89,15 @@ def test_folder_of_texts_is_split_by_file(claims, tmp_path: pathlib.Path) -> Non
     assert claims.corpus.fingerprint(data) == claims.corpus.fingerprint(again)
 
 
+def test_corpus_too_small_for_a_batch_is_refused(claims, tmp_path: pathlib.Path, capsys) -> None:
+    (tmp_path / "one.txt").write_text("The file says so. It says so again.")
+    with pytest.raises(SystemExit):
+        claims.paper_claims.main(["--tasks", "text", "--corpus", str(tmp_path), "--out", str(tmp_path / "out")])
+    expected = "corpus: expected 16 pairs of sentences, a batch, or more to learn from and as many held out, got "
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_ngrams_are_whole_words_within_the_budget(claims) -> None:
     ends = list(itertools.accumulate([1, 2, 1, 1, 3, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1] * 4, initial=1))
     words = [range(start, end) for start, end in itertools.pairwise(ends)]
@@ -195,14 +204,44 @@ def test_verdict(claims, differences: list[float], word: str) -> None:
     verdict = claims.report.judge(differences)
     assert verdict.word == word
     assert verdict.mean == pytest.approx(statistics.fmean(differences))
+    assert (verdict.p <= 0.05) == (word != "not decided")
     if len(differences) == 3:
         assert verdict.margin == pytest.approx(4.3027 * statistics.stdev(differences) / math.sqrt(3), rel=1e-4)
+
+
+def test_p_is_students(claims) -> None:
+    """Two-sided, of two degrees of freedom, where it has the closed form 1 - t / sqrt(t^2 + 2)."""
+    for differences in ([0.2, 0.3, 0.25], [-0.02, -0.3, -0.4]):
+        t = abs(statistics.fmean(differences)) / (statistics.stdev(differences) / math.sqrt(3))
+        assert claims.report.judge(differences).p == pytest.approx(1 - t / math.sqrt(t**2 + 2), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("ps", "bound"),
+    [
+        ([0.03, 0.001, 0.02, 0.012], 0.03),  # 0.05/4, 0.05/3, 0.05/2, 0.05 are asked of them from the least on
+        ([0.03, 0.001, 0.03, 0.012], 0.012),  # the third fails, and with it all behind it
+        ([0.013, 0.013, 0.013, 0.013], 0.0),
+        ([0.04], 0.04),
+        ([0.0, 1.0], 0.0),
+        ([], 0.0),
+    ],
+)
+def test_what_holds_for_all_comparisons_together(claims, ps: list[float], bound: float) -> None:
+    verdicts = [claims.report.Verdict(1.0, 0.5, p, "shows") for p in ps]
+    assert claims.report.joint_bound(verdicts) == bound
 
 
 def invented(variant: str, seed: int, accuracy: float, loss: float) -> dict:
     last = {"accuracy": accuracy, "loss": loss, "train_accuracy": 0.5, "train_loss": 1.0}
     return {
-        "settings": {"task": "digits", "variant": variant, "seed": seed},
+        "settings": {
+            "task": "digits",
+            "variant": variant,
+            "seed": seed,
+            "model": {"hidden_size": 48},
+            "recipe": {"steps": 500},
+        },
         "parameters": 1234,
         "history": [{"accuracy": 0.0, "loss": 9.0, "train_accuracy": 0.0, "train_loss": 9.0}, last],
         "load": None,
@@ -215,14 +254,19 @@ def invented(variant: str, seed: int, accuracy: float, loss: float) -> dict:
 def test_report_of_invented_runs(claims) -> None:
     results = [invented("widenet", seed, 0.90 + 0.01 * seed, 0.3) for seed in range(3)]
     results += [invented("dense", seed, 0.88 + 0.01 * seed, 0.2 + 0.001 * seed) for seed in range(3)]
+    for seed, less in enumerate([0.0173, 0.0250, 0.0327]):
+        results.append(invented("shared-norms", seed, 0.90 + 0.01 * seed - less, 0.3))
     text = claims.report.report(results)
-    assert "## digits, 3 seeds" in text
+    assert "## digits, 3 seeds\n" in text
+    assert "hidden size 48, steps 500.\n" in text
     assert "| WideNet | 1,234 | 91.0 ± 1.0 | 0.300 ± 0.000 | 50.0 ± 0.0 | 1.000 ± 0.000 | 2.0% | 2 |" in text
     assert "| dense FFN | 1,234 | 89.0 ± 1.0 | 0.201 ± 0.001 | 50.0 ± 0.0 | 1.000 ± 0.000 | - | 2 |" in text
     claim = "| experts beat a dense FFN where blocks share | WideNet vs dense FFN | L 79.5 > 76.9, H 80.1 > 79.0 "
-    assert claim + "| accuracy +2.0 ± 0.0: shows | loss -0.099 ± 0.002: opposite |" in text
+    assert claim + "| accuracy +2.0 ± 0.0: **shows** | loss -0.099 ± 0.002: **opposite** |" in text
     assert "- accuracy shows, loss opposite: experts beat a dense FFN where blocks share\n" in text
-    assert "individual LayerNorms" not in text, "no runs, no verdict"
+    assert "| accuracy +2.5 ± 1.9: shows | loss +0.000 ± 0.000: not decided |" in text, "not among four comparisons"
+    assert "top-2 beats" not in text, "no runs, no verdict"
+    assert "By chance alone that would be so for 0 of the 4 comparisons" in text
 
 
 def test_every_claim_is_about_variants_of_the_grid(claims) -> None:
