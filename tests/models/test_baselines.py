@@ -103,6 +103,30 @@ def test_texts(config: WideNetTextConfig, count: int) -> None:
     assert num_parameters(WideNetForMaskedLM, config) == count + heads
 
 
+PAPER = {"k": 2, "capacity_factor": 1.2, "normalize": False, "noise_std": None, "aux_loss_weight": 0.01, "dropout": 0.1}
+IMAGES = PAPER | {"pre_norm": True, "attention_dropout": 0.0, "layer_norm_eps": 1e-6}
+TEXTS = PAPER | {"pre_norm": False, "attention_dropout": 0.1, "layer_norm_eps": 1e-12, "num_heads": 12}
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        pytest.param(WideNetConfig.base(), IMAGES | {"num_heads": 12, "pooling": "mean"}, id="base"),
+        pytest.param(WideNetConfig.large(), IMAGES | {"num_heads": 16, "pooling": "mean"}, id="large"),
+        pytest.param(WideNetConfig.huge(), IMAGES | {"num_heads": 16, "pooling": "mean"}, id="huge"),
+        pytest.param(WideNetConfig.vit_base(), IMAGES | {"num_heads": 12, "pooling": "token"}, id="vit-base"),
+        pytest.param(WideNetConfig.vit_large(), IMAGES | {"num_heads": 16, "pooling": "token"}, id="vit-large"),
+        pytest.param(WideNetConfig.vit_moe_base(), IMAGES | {"num_heads": 12, "pooling": "mean"}, id="vit-moe-base"),
+        pytest.param(WideNetConfig.vit_moe_large(), IMAGES | {"num_heads": 16, "pooling": "mean"}, id="vit-moe-large"),
+        pytest.param(WideNetTextConfig.base(), TEXTS, id="text"),
+        pytest.param(WideNetTextConfig.albert_base(), TEXTS, id="albert"),
+        pytest.param(WideNetTextConfig.bert_base(), TEXTS, id="bert"),
+    ],
+)
+def test_what_the_counts_do_not_show(config: EncoderConfig, fields: dict[str, object]) -> None:
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
 def test_constructors_take_overrides_and_only_known_ones() -> None:
     assert WideNetConfig.vit_base(ffn_size=64).ffn_size == 64
     assert WideNetTextConfig.base(8, num_layers=3).num_layers == 3

@@ -89,6 +89,11 @@ def test_initial_values() -> None:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.15), name
 
 
+def test_epsilon_of_bert_is_in_every_norm() -> None:
+    norms = [module for module in tiny_text(WideNetForMaskedLM).modules() if isinstance(module, nn.LayerNorm)]
+    assert [norm.eps for norm in norms] == [1e-12] * (1 + 2 * 3 + 1)
+
+
 def test_answering_has_no_pooler_and_every_parameter_gets_a_gradient() -> None:
     batch = texts()
     for kind in KINDS:
@@ -130,16 +135,16 @@ def test_int32_words_and_segments_are_as_int64() -> None:
 
 
 def test_dropouts_of_bert() -> None:
-    """On the normalised embeddings, attention weights, attention output and FFN output."""
-    model = tiny_text(WideNetTextModel)
+    """On the normalised embeddings, attention weights, attention output, FFN output, and in front of the classifier."""
+    model = tiny_text(WideNetForSequenceClassification)
     called: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             module.register_forward_hook(lambda module, *_: called.append(module))
     model(*texts())
-    assert called[0] is model.dropout
-    assert len(called) == 1 + 2 * 3
-    assert model.encoder.attention.dropout == 0.1
+    assert (called[0], called[-1]) == (model.model.dropout, model.dropout)
+    assert len(called) == 1 + 2 * 3 + 1
+    assert model.model.encoder.attention.dropout == 0.1
     still = tiny_text(WideNetTextModel, dropout=0.0, noise_std=0.0)  # attention's dropout alone
     assert not torch.equal(still(*texts()).hidden, still(*texts()).hidden)
     still.eval()

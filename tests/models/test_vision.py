@@ -89,6 +89,7 @@ def test_initial_values() -> None:
         assert not bias.any()
     for bias in (ffn.experts.b1, ffn.experts.b2):
         assert bias.std().item() == pytest.approx(1e-6, rel=0.2)
+    assert {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)} == {1e-6}
 
 
 @pytest.mark.parametrize(
