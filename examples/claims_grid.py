@@ -102,13 +102,14 @@ class Run(NamedTuple):
         check_settings(self.path, result["settings"], self.settings)
         return result
 
+    def task(self) -> DigitsTask | TextTask:
+        if self.settings["task"] == "digits":
+            return DigitsTask(self.settings)
+        return TextTask(self.settings, json.loads(corpus_path(self.folder).read_text())["data"])
+
     def execute(self) -> None:
         torch.set_num_threads(1)  # a second thread makes networks so small no faster; a second run takes the other core
-        if self.settings["task"] == "digits":
-            task = DigitsTask(self.settings)
-        else:
-            task = TextTask(self.settings, json.loads(corpus_path(self.folder).read_text())["data"])
-        result = train(task, self.settings["changes"], self.settings["seed"], self.settings["recipe"])
+        result = train(self.task(), self.settings["changes"], self.settings["seed"], self.settings["recipe"])
         write(self.path, {"settings": self.settings, **result})
 
 

@@ -2,11 +2,14 @@
 
 import random
 from collections.abc import Iterator
+from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from claims_corpus import CLS, MASK, MASKED, PAD, SEP, SPECIAL, Pair, choose_ngrams, corrupted, words_of
-from claims_training import IGNORED, Batch, shuffled
+from claims_training import IGNORED, Batch, Record, evaluate, shuffled
+from torch import Tensor, nn
 
 from widenet_kernels.models import WideNetForMaskedLM, WideNetTextConfig
 
@@ -46,6 +49,12 @@ class TextTask:
         for index in shuffled(len(self.pairs), self.batch, torch.Generator().manual_seed(seed)):
             yield self.collate([self.pairs[n] for n in index], rng)
 
+    def without_context(self) -> Record:
+        """The score of the best that can be said of a masked word without a look at the others."""
+        pieces = torch.tensor(list(chain(*chain(*self.pairs))))
+        counts = torch.bincount(pieces, minlength=len(self.vocabulary)) + 1.0
+        return evaluate(ContextFree(counts, self.vocabulary[MASK]), self.held_out)[0]
+
     def collate(self, pairs: list[Pair], rng: random.Random) -> Batch:
         shape = (len(pairs), self.positions)
         ids = torch.full(shape, self.vocabulary[PAD])
@@ -80,3 +89,17 @@ class TextTask:
                 labels[position] = pieces[position]
                 seen[position] = corrupted(pieces[position], self.vocabulary[MASK], len(self.vocabulary), rng)
         return seen, labels
+
+
+class ContextFree(nn.Module):
+    """By Bayes: how frequent each piece is, and that a visible one is as often itself as any (see ``corrupted``)."""
+
+    def __init__(self, counts: Tensor, mask: int) -> None:
+        super().__init__()
+        self.frequency, self.mask = counts / counts.sum(), mask
+
+    def forward(self, input_ids: Tensor, **_: Tensor) -> SimpleNamespace:
+        size = len(self.frequency)
+        itself = nn.functional.one_hot(input_ids, size) * (input_ids != self.mask)[..., None]
+        logits = (self.frequency * (itself + 1 / (size - len(SPECIAL)))).log()
+        return SimpleNamespace(logits=logits, sentence_order_logits=torch.zeros(len(input_ids), 2), routing=())

@@ -79,7 +79,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"{what}: {done} of {len(runs)} runs are done; the same command goes on from there")
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
     results = [run.result() for run in runs]
-    text = report(results)
+    texts = next((run for run in runs if run.settings["task"] == "text"), None)
+    text = report(results, texts and texts.task().without_context())
     (args.out / "claims.md").write_text(text)
     print(text)
     for picture in save_plots(results, args.out):

@@ -160,6 +160,24 @@ def test_half_of_the_pairs_are_swapped(text_task) -> None:
         assert (types[rows] == torch.tensor(segments + padding)).all()
 
 
+def test_score_without_context(claims, text_task) -> None:
+    """By Bayes, literally: a piece of frequency f, seen as s, has the weight f * ([s is the piece] + 1 / any)."""
+    (batch,) = text_task.held_out
+    pieces = [piece for pair in text_task.pairs for half in pair for piece in half]
+    size, mask = len(text_task.vocabulary), text_task.vocabulary["[MASK]"]
+    losses, right = [], 0
+    for n, position in (batch.labels != -100).nonzero().tolist():
+        seen, label = batch.inputs["input_ids"][n, position].item(), batch.labels[n, position].item()
+        weights = [
+            (pieces.count(piece) + 1) * ((piece == seen and seen != mask) + 1 / (size - 5)) for piece in range(size)
+        ]
+        losses.append(-math.log(weights[label] / sum(weights)))
+        right += weights.index(max(weights)) == label
+    score = text_task.without_context()
+    assert score["loss"] == pytest.approx(statistics.fmean(losses), rel=1e-5)
+    assert score["accuracy"] == pytest.approx(right / len(losses))
+
+
 def test_batches_depend_on_the_seed_alone(text_task) -> None:
     batches = [next(text_task.batches(seed)).inputs for seed in (1, 1, 2)]
     assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
@@ -256,7 +274,7 @@ def test_report_of_invented_runs(claims) -> None:
     results += [invented("dense", seed, 0.88 + 0.01 * seed, 0.2 + 0.001 * seed) for seed in range(3)]
     for seed, less in enumerate([0.0173, 0.0250, 0.0327]):
         results.append(invented("shared-norms", seed, 0.90 + 0.01 * seed - less, 0.3))
-    text = claims.report.report(results)
+    text = claims.report.report(results, None)
     assert "## digits, 3 seeds\n" in text
     assert "hidden size 48, steps 500.\n" in text
     assert "| WideNet | 1,234 | 91.0 ± 1.0 | 0.300 ± 0.000 | 50.0 ± 0.0 | 1.000 ± 0.000 | 2.0% | 2 |" in text
@@ -266,6 +284,7 @@ def test_report_of_invented_runs(claims) -> None:
     assert "- accuracy shows, loss opposite: experts beat a dense FFN where blocks share\n" in text
     assert "| accuracy +2.5 ± 1.9: shows | loss +0.000 ± 0.000: not decided |" in text, "not among four comparisons"
     assert "top-2 beats" not in text, "no runs, no verdict"
+    assert "no other word" not in text
     assert "By chance alone that would be so for 0 of the 4 comparisons" in text
 
 
@@ -293,6 +312,7 @@ def test_short_form_leaves_runs_table_and_pictures(claims, short_form) -> None:
     assert {path.stem for path in (folder / "runs").iterdir()} == names
     assert said.startswith(f"8 runs, 0 of them in {folder} already\n")
     assert (folder / "claims.md").read_text() in said
+    assert "Who looks at no other word than the one asked for" in said
     for name in ("parameters", "load", "divergence"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((folder / "runs" / "text-widenet-0.json").read_text())
