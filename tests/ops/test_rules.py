@@ -1,9 +1,11 @@
-"""Rules that hold for every op alike: same bits, no aliasing, no writes to inputs, one derivative, frozen inputs."""
+"""Rules that hold for every op alike: same bits, no aliasing, no writes to inputs, one derivative, frozen inputs, and
+what torch.func may do with it."""
 
 import itertools
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import widenet_kernels as wk
@@ -127,6 +129,74 @@ def test_double_backward_is_a_clear_error(op, device, backend):
     first = torch.autograd.grad(loss, leaves, create_graph=True)
     with pytest.raises(RuntimeError, match=rf"widenet_kernels: {op.partition('-')[0]} is differentiable once"):
         torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop")  # in jacrev, which is vmap of vjp
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_gradients_by_torch_func(op, device, backend):
+    """vjp, grad and jacrev give autograd's bits; once, as there."""
+    function, tensors = cases(inputs.ORDINARY, device, backend)[op]
+
+    def loss(*tensors):
+        return sum(t.square().sum() for t in function(*tensors) if t.is_floating_point())
+
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    everything = tuple(range(len(tensors)))
+    value, vjp = torch.func.vjp(loss, *tensors)
+    by_grad, by_jacrev = (f(loss, everything)(*tensors) for f in (torch.func.grad, torch.func.jacrev))
+    for ours in (vjp(torch.ones_like(value)), by_grad, by_jacrev):
+        for a, b in zip(ours, expected, strict=True):
+            assert_same_bits(a, b)
+    with pytest.raises(RuntimeError, match=rf"widenet_kernels: {op.partition('-')[0]} is differentiable once"):
+        torch.func.grad(lambda *t: torch.func.grad(loss)(*t).square().sum())(*tensors)
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop")  # sample by sample, as torch says
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_is_a_loop_over_samples(op, device, backend):
+    """Of the results, and of every gradient: by vmap of grad, by grad of vmap and by autograd through vmap."""
+    function, tensors = cases(inputs.ORDINARY, device, backend)[op]
+    batches = [torch.stack([t, 0.5 * t.flip(0)]) for t in tensors]
+    samples = list(zip(*(batch.unbind() for batch in batches), strict=True))
+    results = torch.vmap(function)(*batches)
+    for ours, *expected in zip(results, *(function(*sample) for sample in samples), strict=True):
+        assert_same_bits(ours, torch.stack(expected))
+    if op not in DIFFERENTIABLE:
+        return
+
+    def loss(*tensors):
+        return sum(t.square().sum() for t in function(*tensors) if t.is_floating_point())
+
+    grad = torch.func.grad(loss, tuple(range(len(tensors))))
+    expected = [torch.stack(grads) for grads in zip(*(grad(*sample) for sample in samples), strict=True)]
+    leaves = [batch.detach().requires_grad_() for batch in batches]
+    for gradients in (
+        torch.vmap(grad)(*batches),
+        torch.func.grad(lambda *b: torch.vmap(loss)(*b).sum(), tuple(range(len(tensors))))(*batches),
+        torch.autograd.grad(torch.vmap(loss)(*leaves).sum(), leaves),
+    ):
+        for a, b in zip(gradients, expected, strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # by torch, where it prepares jvp
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_forward_mode_is_a_clear_error(op, device, backend):
+    """Without one the tangent would count as zero."""
+    function, tensors = cases(inputs.ORDINARY, device, backend)[op]
+    message = rf"^widenet_kernels: {op.partition('-')[0]} has no forward-mode derivative"
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.jvp(function, tuple(tensors), tuple(tensors))
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.hessian(lambda *t: function(*t)[0].square().sum())(*tensors)
+    for requires_grad in (False, True):
+        leaves = [t.detach().requires_grad_(requires_grad) for t in tensors]
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
+            function(*(forward_ad.make_dual(t, t.detach()) for t in leaves))
+    with forward_ad.dual_level():  # of something else
+        for a, b in zip(function(*tensors), function(*tensors), strict=True):
+            assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)

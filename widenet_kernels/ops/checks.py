@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widenet_kernels.ops.registry import FLOATS
+from widenet_kernels.ops.registry import FLOATS, is_transformed
 from widenet_kernels.routing import RoutingPlan
 
 MOST_ROWS = 2**31 - 1  # rows and choices are counted in int32
@@ -115,4 +115,7 @@ def autocast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Inside a transform of torch.func a tensor does not tell whether an outer one will ask for its gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors) or is_transformed()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from widenet_kernels.ops.checks import check_device, check_float, check_plan, check_tensor, wants_grad
-from widenet_kernels.ops.registry import call, define_op, ops_for
+from widenet_kernels.ops.registry import call, define_op, ops_for, run
 from widenet_kernels.reference import combine as reference
 from widenet_kernels.routing import RoutingPlan
 
@@ -33,7 +33,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
     need = ctx.needs_input_grad[:2]
-    grads = ops.combine_backward(grad, *ctx.saved_tensors, *need)
+    grads = run(ops.combine_backward, grad, *ctx.saved_tensors, *need)
     return *(g if needed else None for g, needed in zip(grads, need, strict=True)), None, None
 
 

@@ -15,7 +15,7 @@ from widenet_kernels.ops.checks import (
     invalid,
     wants_grad,
 )
-from widenet_kernels.ops.registry import call, define_op, ops_for
+from widenet_kernels.ops.registry import call, define_op, ops_for, run
 from widenet_kernels.reference import gate as reference
 from widenet_kernels.routing import Gate
 
@@ -51,7 +51,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ops: Any, ctx: Any, grad_weight: Tensor | None, _: None, grad_probs: Tensor | None) -> tuple:
     if grad_weight is None and grad_probs is None:
         return None, None, None, None
-    grad = ops.topk_gate_backward(grad_weight, grad_probs, *ctx.saved_tensors, ctx.normalize)
+    grad = run(ops.topk_gate_backward, grad_weight, grad_probs, *ctx.saved_tensors, ctx.normalize)
     return grad.to(ctx.dtype), None, None, None
 
 

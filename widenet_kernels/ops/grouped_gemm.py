@@ -14,7 +14,7 @@ from widenet_kernels.ops.checks import (
     invalid,
     wants_grad,
 )
-from widenet_kernels.ops.registry import call, define_op, ops_for
+from widenet_kernels.ops.registry import call, define_op, ops_for, run
 from widenet_kernels.reference import grouped_gemm as reference
 from widenet_kernels.routing import ACTIVATIONS, GATED, RoutingPlan
 
@@ -75,7 +75,7 @@ def _backward(ops: Any, ctx: Any, grad: Tensor | None, _: None) -> tuple:
     if grad is None:
         return None, None, None, *rest
     need = ctx.needs_input_grad[:3]
-    grads = ops.grouped_gemm_backward(grad, *ctx.saved_tensors, ctx.activation, *need)
+    grads = run(ops.grouped_gemm_backward, grad, *ctx.saved_tensors, ctx.activation, *need)
     return *(g if needed else None for g, needed in zip(grads, need, strict=True)), *rest
 
 

@@ -18,7 +18,7 @@ from widenet_kernels.ops.checks import (
     wrong_type,
 )
 from widenet_kernels.ops.grouped_gemm import check_activation
-from widenet_kernels.ops.registry import call, define_op, ops_for
+from widenet_kernels.ops.registry import call, define_op, ops_for, run
 from widenet_kernels.reference import moe as reference
 from widenet_kernels.routing import GATED, RoutingPlan
 
@@ -125,7 +125,7 @@ def _backward(ops: Any, ctx: Any, grad: Tensor | None, _: None) -> tuple:
         need = [need_x, need_weight]
     else:
         need = [need_x, need_weight, *need_experts]
-        grads = ops.moe_ffn_backward(grad, *ctx.saved_tensors, ctx.activation, *need)
+        grads = run(ops.moe_ffn_backward, grad, *ctx.saved_tensors, ctx.activation, *need)
     grad_x, grad_weight, *grad_experts = [g if needed else None for g, needed in zip(grads, need, strict=True)]
     return grad_x, grad_weight, None, None, None, None, *(grad_experts or (None,) * 4), *(None,) * 6
 

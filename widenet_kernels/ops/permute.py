@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from widenet_kernels.ops.checks import check_float, check_plan, check_tensor, wants_grad
-from widenet_kernels.ops.registry import call, define_op, ops_for
+from widenet_kernels.ops.registry import call, define_op, ops_for, run
 from widenet_kernels.reference import permute as reference
 from widenet_kernels.routing import RoutingPlan
 
@@ -24,7 +24,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
-    return ops.permute_backward(grad, *ctx.saved_tensors), None, None
+    return run(ops.permute_backward, grad, *ctx.saved_tensors), None, None
 
 
 define_op(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from widenet_kernels.ops import native
 
@@ -55,6 +56,24 @@ def define_op(
         else:
             formula = functools.partial(backward, getattr(torch.ops, namespace))
         torch.library.register_autograd(f"{namespace}::{name}", formula, setup_context=setup_context, lib=library)
+        op = getattr(getattr(torch.ops, namespace), name).default
+        _transformable[op] = _as_function(op, setup_context, formula)
+
+
+_transformable: dict[Any, Callable] = {}  # every differentiable op -> the same, as torch.func can transform it
+
+
+def _as_function(op: Any, setup_context: Callable | None, backward: Callable) -> Callable:
+    """What register_autograd makes of a formula does not go through torch.func; this does, and vmap calls it in turn
+    for every sample."""
+    members = {
+        "forward": staticmethod(op),
+        "setup_context": staticmethod(setup_context or (lambda ctx, inputs, output: None)),
+        "backward": staticmethod(backward),
+        "jvp": staticmethod(functools.partial(_no_forward_mode, op._opname)),
+        "generate_vmap_rule": True,
+    }
+    return type(op._opname, (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
 
 
 def _without_autocast(function: Callable) -> Callable:
@@ -91,6 +110,13 @@ def _contiguous_indices(arg: Any) -> Any:
 def _no_double_backward(name: str, ctx: Any, *grads: Tensor | None) -> None:
     raise RuntimeError(
         f"widenet_kernels: {name.removesuffix('_backward')} is differentiable once; a second derivative was asked for"
+    )
+
+
+def _no_forward_mode(name: str, ctx: Any, *tangents: Tensor | None) -> None:
+    raise RuntimeError(
+        f"widenet_kernels: {name.removesuffix('_backward')} has no forward-mode derivative (jvp, jacfwd, hessian); "
+        "backward-mode (grad, vjp, jacrev) works"
     )
 
 
@@ -158,7 +184,19 @@ def _choose(op: str, backend: str | None, device: torch.device, dtype: torch.dty
 def call(op: Any, wants_grad: bool, *args: Any) -> Any:
     """``op(*args)``, past autograd where no gradient is wanted: its formulas are in Python, and to be asked for them
     makes a call of five microseconds one of fifteen."""
-    if wants_grad or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return op.default(*args)
+    if wants_grad or torch.compiler.is_compiling() or is_transformed():
+        return run(op, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return op.default(*args)
+
+
+def run(op: Any, *args: Any) -> Any:
+    """``op(*args)``, also inside the transforms of torch.func."""
+    return _transformable.get(op.default, op.default)(*args) if is_transformed() else op.default(*args)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -16,7 +16,7 @@ from widenet_kernels.ops.checks import (
     wrong_type,
 )
 from widenet_kernels.ops.plan import as_plan, fake_plan
-from widenet_kernels.ops.registry import call, define_op, ops_for
+from widenet_kernels.ops.registry import call, define_op, ops_for, run
 from widenet_kernels.reference import route as reference
 from widenet_kernels.reference.gate import math_dtype
 from widenet_kernels.routing import Gate, RoutingPlan
@@ -82,8 +82,15 @@ def _backward(
     if grad_weight is None and grad_probs is None and grad_logits is None:
         return None, None, *rest
     need_x, need_router_weight = ctx.needs_input_grad[:2]
-    grad_x, grad_router_weight = ops.route_backward(
-        grad_weight, grad_probs, grad_logits, *ctx.saved_tensors, ctx.normalize, need_x, need_router_weight
+    grad_x, grad_router_weight = run(
+        ops.route_backward,
+        grad_weight,
+        grad_probs,
+        grad_logits,
+        *ctx.saved_tensors,
+        ctx.normalize,
+        need_x,
+        need_router_weight,
     )
     return grad_x if need_x else None, grad_router_weight if need_router_weight else None, *rest
 
