@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from widenet_kernels.reference import combine, gate, grouped_gemm, moe, permute, route
 from widenet_kernels.reference.activation import activate, activate_backward
@@ -134,10 +135,26 @@ def test_moe_ffn_shapes(shape):
         assert_float64(result, exact)
 
 
-@pytest.mark.parametrize("wanted", range(6), ids=["x", "weight", "w1", "b1", "w2", "b2"])
-def test_moe_ffn_of_one_input_alone(wanted):
+class Products(TorchDispatchMode):
+    """How many there are."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.mm.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "products"), list(enumerate([2, 1, 2, 1, 1, 0])), ids=["x", "weight", "w1", "b1", "w2", "b2"]
+)
+def test_moe_ffn_of_one_input_alone(wanted, products):
+    """With no more products than lead to it, for each expert."""
     saved, expected = moe_case(inputs.ORDINARY, "gelu", True)
-    for i, result in enumerate(moe.moe_ffn_backward(*saved, *(i == wanted for i in range(6)))):
+    with Products() as made:
+        results = moe.moe_ffn_backward(*saved, *(i == wanted for i in range(6)))
+    assert made.count == products * inputs.ORDINARY.E
+    for i, result in enumerate(results):
         if i == wanted:
             assert_float64(result, expected[i])
         else:

@@ -55,7 +55,8 @@ def moe_ffn_backward(
     """d x, d weight, d w1, d b1, d w2, d b2; of no elements where not needed."""
     begin, count = expert_begin, expert_count
     hidden = activate(z, activation)
-    out = matmul(hidden, w2, b2, begin, count)
+    # a product that only the gate weights' gradient asks for
+    out = matmul(hidden, w2, b2, begin, count) if need_weight else hidden.new_empty(hidden.shape[0], w2.shape[2])
     grad_out, grad_weight = combine_backward(grad, out, weight, choice_row, row_choice, True, need_weight)
     first = need_x or need_w1 or need_b1  # whether the gradient goes further back than the second GEMM
     grad_hidden, grad_w2, grad_b2 = grouped_gemm_backward(
