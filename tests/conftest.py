@@ -7,10 +7,12 @@ it is about all the rest.
 """
 
 import os
+import pathlib
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import distributed
 
 import widenet_kernels as wk
 
@@ -99,6 +101,15 @@ def state() -> Iterator[None]:
 def several_threads(state: None) -> None:
     """For the cases that are long enough to be shared out."""
     torch.set_num_threads(3)
+
+
+@pytest.fixture
+def process_group(tmp_path: pathlib.Path) -> Iterator[None]:
+    """Of this process alone."""
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

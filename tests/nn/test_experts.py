@@ -3,7 +3,6 @@
 import eager
 import pytest
 import torch
-from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import widenet_kernels as wk
@@ -215,14 +214,6 @@ class Model(torch.nn.Module):
 
     def forward(self, x):
         return self.experts(x, self.weight, self.plan, backend=self.backend)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    store = distributed.FileStore(str(tmp_path / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 def test_ddp_works_and_refuses_accumulate_grads(process_group, device, backend):
