@@ -66,16 +66,31 @@ def half_loss(model: nn.Module, step: int, rank: int) -> Tensor:
     return model(*batch, labels=labels, sentence_order_labels=orders).loss
 
 
+def in_shards(model: nn.Module) -> nn.Module:
+    """By FSDP2: the experts of all blocks, their attention, and the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (model.model.encoder.ffn.experts, model.model.encoder.attention, model):
+        fully_shard(part, mesh=mesh)
+    return model
+
+
 def train_one_rank(rank: int, folder: str) -> None:
+    """By DDP and by FSDP2; the parameters go into a file."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = nn.parallel.DistributedDataParallel(distributed_model())
-    optimizer = torch.optim.SGD(model.parameters(), RATE)
-    for step in range(3):
-        optimizer.zero_grad()
-        half_loss(model, step, rank).backward()
-        optimizer.step()
-    torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+    for name, parallel in (("ddp", nn.parallel.DistributedDataParallel), ("fsdp2", in_shards)):
+        model = distributed_model()
+        wrapped = parallel(model)
+        optimizer = torch.optim.SGD(wrapped.parameters(), RATE)
+        for step in range(3):
+            optimizer.zero_grad()
+            half_loss(wrapped, step, rank).backward()
+            optimizer.step()
+        whole = {n: t.full_tensor() if name == "fsdp2" else t for n, t in model.state_dict().items()}
+        torch.save(whole, f"{folder}/{name}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -91,12 +106,13 @@ def test_two_ranks_are_one_process_that_routes_two_halves(tmp_path: pathlib.Path
         optimizer.zero_grad()
         ((half_loss(model, step, 0) + half_loss(model, step, 1)) / 2).backward()
         optimizer.step()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     start = distributed_model().state_dict()
-    for name, parameter in model.state_dict().items():
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], parameter, rtol=1e-12, atol=1e-12)
-        assert not torch.equal(parameter, start[name])
+    for parallel in ("ddp", "fsdp2"):
+        first, second = (torch.load(tmp_path / f"{parallel}-{rank}.pt") for rank in range(2))
+        for name, parameter in model.state_dict().items():
+            assert torch.equal(first[name], second[name])
+            torch.testing.assert_close(first[name], parameter, rtol=1e-12, atol=1e-12)
+            assert not torch.equal(parameter, start[name])
 
 
 # Interrupted

@@ -4,6 +4,7 @@ In a WideNet they share attention, router and experts, and each has its own Laye
 2107.11817, section 2 and eq. 6 to 8). N images or texts, L positions, D model dim.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -133,16 +134,19 @@ def feed_forward(config: EncoderConfig, depth: int) -> MoELayer | DenseFFN:
     )
 
 
-class OneRouting:
-    """A :class:`MoELayer` for the blocks of a group: the first call routes, those after it go the same ways."""
+class RoutingGroup:
+    """A :class:`MoELayer` for the blocks of a group: the first one's tokens are routed, those of the others go the same
+    ways. The first one routes whenever it is called, for activation checkpointing calls it again."""
 
     def __init__(self, layer: MoELayer) -> None:
         self.layer = layer
         self.routing: MoERouting | None = None
 
-    def __call__(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, MoEAux]:
-        if self.routing is None:
-            self.routing = self.layer.route(x, mask)
+    def lead(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, MoEAux]:
+        self.routing = self.layer.route(x, mask)
+        return self.layer(x, routing=self.routing)
+
+    def follow(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, MoEAux]:
         return self.layer(x, routing=self.routing)
 
 
@@ -163,7 +167,7 @@ class Block(nn.Module):
         self.ffn_dropout = nn.Dropout(0.0 if config.authors else config.dropout)  # theirs is inside the experts
 
     def forward(
-        self, x: Tensor, attention: nn.Module, ffn: nn.Module | OneRouting, mask: Tensor | None = None
+        self, x: Tensor, attention: nn.Module, ffn: Callable, mask: Tensor | None = None
     ) -> tuple[Tensor, MoEAux | None]:
         """x [N, L, D], mask [N, L] bool (False: padding) -> [N, L, D] and what the ffn says about its routing."""
         if self.pre_norm:
@@ -206,10 +210,13 @@ class WideNetEncoder(nn.Module):
         """
         routing = []
         for depth in range(self.num_layers):
-            if depth % self.blocks_per_routing == 0:
+            if self.blocks_per_routing == 1:
                 ffn = at_depth(self.ffn, depth)
-                if self.blocks_per_routing > 1:
-                    ffn = OneRouting(ffn)
+            elif depth % self.blocks_per_routing == 0:
+                group = RoutingGroup(at_depth(self.ffn, depth))
+                ffn = group.lead
+            else:
+                ffn = group.follow
             x, aux = self.blocks[depth % len(self.blocks)](x, at_depth(self.attention, depth), ffn, mask)
             if aux is not None:
                 routing.append(aux)
