@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
+from calls import OurCalls
 from tiny import STILL, masked_words, samples, texts, tiny, tiny_text
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from widenet_kernels.models import WideNetForMaskedLM
 from widenet_kernels.models.block import Block
@@ -122,17 +122,6 @@ def test_copies(form: str, how: str) -> None:
     assert not addresses & {parameter.data_ptr() for parameter in other.parameters()}
 
 
-class OurOps(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace.startswith("widenet_kernels"):
-            self.names.append(function._opname)
-        return function(*args, **(kwargs or {}))
-
-
 def test_a_frozen_body_has_no_backward() -> None:
     """Where the head alone trains, no op of ours runs backward, and the gradients are those of training everything."""
     model = tiny(**STILL)
@@ -142,9 +131,9 @@ def test_a_frozen_body_has_no_backward() -> None:
     model.head.requires_grad_(True)
     model.zero_grad()
     loss = loss_of(model)
-    with OurOps() as ours:
+    with OurCalls() as ours:
         loss.backward()
-    assert ours.names == []
+    assert ours.ops == []
     for name, parameter in model.named_parameters():
         if name.startswith("head."):
             assert torch.equal(parameter.grad, expected[name])

@@ -7,8 +7,8 @@ kernels), tests/reference/test_backward.py and tests/triton/test_launches.py.
 import eager
 import pytest
 import torch
+from calls import OurCalls
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import widenet_kernels as wk
 from widenet_kernels.testing import inputs
@@ -27,21 +27,6 @@ STYLES = {
     "the second layer": ({"w2"}, True, {"x", "weight", "w2"}, {"x"}),
     "something below": (set(), True, {"x", "weight"}, {"x"}),
 }
-
-
-class Asked(TorchDispatchMode):
-    """For each of our ops that runs, in order: its name, and of a backward which gradients it is to give."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace.startswith("widenet_kernels"):
-            named = zip((a.name for a in function._schema.arguments), args, strict=False)
-            needed = {name.removeprefix("need_") for name, value in named if name.startswith("need_") and value}
-            self.calls.append((function._opname, needed))
-        return function(*args, **(kwargs or {}))
 
 
 def make(device, backend, training=()):
@@ -65,10 +50,10 @@ def test_the_backward_is_asked_for_what_trains(style, device, backend):
     layer, parameters = make(device, backend, training)
     x = whole.detach().requires_grad_(with_x)
     y, aux = layer(x)
-    with Asked() as asked:
+    with OurCalls() as ours:
         (y.square().sum() + aux.balance_loss + aux.z_loss).backward()
     expected = [("moe_ffn_backward", of_moe)] + ([] if of_route is None else [("route_backward", of_route)])
-    assert asked.calls == expected
+    assert ours.asked == expected
     for name, parameter in parameters.items():
         if name in training:
             assert_same_bits(parameter.grad, all_parameters[name].grad, name)
@@ -90,9 +75,9 @@ def test_frozen_experts_of_the_composed_path(option, device, backend):
     x = inputs.make_x(inputs.ORDINARY, device=device).requires_grad_()
     plan, weight = (make(inputs.ORDINARY, device=device) for make in (inputs.make_plan, inputs.make_gate_weight))
     y = experts(x, weight, plan, backend=backend)
-    with Asked() as asked:
+    with OurCalls() as ours:
         y.sum().backward()
-    assert asked.calls == [
+    assert ours.asked == [
         ("combine_backward", {"rows"}),
         ("grouped_gemm_backward", {"rows"}),
         ("grouped_gemm_backward", {"rows"}),
@@ -138,11 +123,11 @@ def test_lora_makes_no_gradient_of_a_frozen_weight(with_x, device, backend):
 
     leaves = [*lora.values(), *([x] if with_x else [])]
     exact = torch.autograd.grad(expected.square().sum(), leaves)
-    with Asked() as asked:
-        ours = torch.autograd.grad(y.square().sum(), leaves)
-    for one, two in zip(ours, exact, strict=True):
+    with OurCalls() as ours:
+        gradients = torch.autograd.grad(y.square().sum(), leaves)
+    for one, two in zip(gradients, exact, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)  # in other orders, of larger terms
-    products = [needed for name, needed in asked.calls if name == "grouped_gemm_backward"]
+    products = [needed for name, needed in ours.asked if name == "grouped_gemm_backward"]
     through_w2, through_w1 = [{"rows"}], [{"rows"}] if with_x else []
     low_rank = [{"rows", "weight"}] * 3 + [{"rows", "weight"} if with_x else {"weight"}]
     assert sorted(products, key=sorted) == sorted(through_w2 + through_w1 + low_rank, key=sorted)

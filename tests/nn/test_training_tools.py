@@ -8,8 +8,8 @@ import pickle
 
 import pytest
 import torch
+from calls import OurCalls
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import widenet_kernels as wk
@@ -176,19 +176,6 @@ def test_checkpointing_inside_accumulate_grads(device, backend):
         torch.testing.assert_close(ours[name], exact, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
-class Ours(TorchDispatchMode):
-    """The names of our ops that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace.startswith("widenet_kernels"):
-            self.names.append(function._opname)
-        return function(*args, **(kwargs or {}))
-
-
 def test_selective_checkpointing_keeps_the_ops_it_is_told_to(device, backend):
     layer, x = make(device, backend, noise_std=1.0), tokens(device)
     expected = step(layer, layer, x)
@@ -198,12 +185,12 @@ def test_selective_checkpointing_keeps_the_ops_it_is_told_to(device, backend):
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-    with Ours() as ours:
+    with OurCalls() as ours:
         assert_same(step(checkpointed(layer, use_reentrant=False, context_fn=contexts), layer, x), expected)
-    assert sorted(ours.names) == ["moe_ffn", "moe_ffn_backward", "route", "route_backward"]
-    with Ours() as ours:
+    assert sorted(ours.ops) == ["moe_ffn", "moe_ffn_backward", "route", "route_backward"]
+    with OurCalls() as ours:
         step(checkpointed(layer, use_reentrant=False), layer, x)
-    assert sorted(ours.names) == ["moe_ffn", "moe_ffn", "moe_ffn_backward", "route", "route", "route_backward"]
+    assert sorted(ours.ops) == ["moe_ffn", "moe_ffn", "moe_ffn_backward", "route", "route", "route_backward"]
 
 
 # Data parallelism

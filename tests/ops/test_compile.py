@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from calls import OurCalls
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import widenet_kernels as wk
 from widenet_kernels.testing import inputs
@@ -127,3 +130,56 @@ def test_accumulate_grads_around_a_compiled_layer(device, backend):
         for name, parameter in layer.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], msg=lambda text, n=name: f"{n}: {text}")
     assert_close(step(compiled, layer, x), expected)
+
+
+@pytest.mark.parametrize("outside", ["checkpoint", "compile"])
+def test_checkpointing(outside, device, backend):
+    """Around the compiled layer and inside the graph, with noise, which is drawn again the same."""
+    layer = wk.MoELayer(8, 12, 4, noise_std=1.0, backend=backend).to(device)
+    x = inputs.make_x(inputs.ORDINARY, device=device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    if outside == "compile":
+        run = torch.compile(lambda x: checkpoint(layer, x, use_reentrant=False), fullgraph=True, backend="aot_eager")
+    else:
+        run = lambda x: checkpoint(compiled, x, use_reentrant=False)  # noqa: E731
+    results = []
+    for function in (compiled, run):
+        function(x)  # compiling may draw too
+        torch.manual_seed(1)
+        results.append(step(function, layer, x))
+    assert_close(results[1], results[0])
+
+
+def test_frozen_experts_in_a_graph(device, backend):
+    layer = make_layer(device, backend)
+    layer.experts.requires_grad_(False)
+    x = inputs.make_x(inputs.ORDINARY, device=device).requires_grad_()
+    y, aux = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    with OurCalls() as ours:
+        (y.square().sum() + aux.balance_loss).backward()
+    assert ours.asked == [("moe_ffn_backward", {"x", "weight"}), ("route_backward", {"x", "router_weight"})]
+
+
+@pytest.mark.parametrize("outside", ["ddp", "compile"])
+def test_ddp(outside, process_group, device, backend):
+    """Torch cannot trace DDP's own forward as one graph, but what it wraps."""
+    layer = make_layer(device, backend)
+    x = inputs.make_x(inputs.ORDINARY, device=device)
+    expected = step(layer, layer, x)
+    if outside == "ddp":
+        model = DistributedDataParallel(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    else:
+        model = torch.compile(DistributedDataParallel(layer), backend="aot_eager")
+    assert_close(step(model, layer, x), expected)
+
+
+@pytest.mark.parametrize("capacity_factor", [1.2, None], ids=["capacity", "dropless"])
+def test_exported_for_every_length(capacity_factor, device, backend):
+    layer = make_layer(device, backend, capacity_factor=capacity_factor).eval()
+    x = inputs.make_x(inputs.ORDINARY, device=device)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+    for tokens in (16, 5, 40):
+        x = inputs.normal(tokens, 8, seed=tokens, device=device)
+        (ours, aux), (expected, _) = exported(x), layer(x)
+        torch.testing.assert_close(ours, expected)
+        assert aux.expert_count.shape == (4,)

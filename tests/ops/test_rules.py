@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
+from calls import OurCalls
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import widenet_kernels as wk
 from widenet_kernels.ops.registry import NAMESPACES
@@ -207,24 +207,6 @@ def test_no_gradient_without_a_call_for_it(op, device, backend):
         assert not any(t.requires_grad for t in function(*[t.detach().requires_grad_() for t in tensors]))
 
 
-class CalledWith(TorchDispatchMode):
-    """Keeps the arguments and results of our ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.results = {}, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace.startswith("widenet_kernels"):
-            self.calls[function._opname] = dict(
-                zip((a.name for a in function._schema.arguments), args, strict=False), **(kwargs or {})
-            )
-        result = function(*args, **(kwargs or {}))
-        if function.namespace.startswith("widenet_kernels"):
-            self.results[function._opname] = result
-        return result
-
-
 @pytest.mark.parametrize(
     ("op", "names"),
     {
@@ -241,9 +223,9 @@ def test_no_gradient_work_for_frozen_inputs(op, names, device, backend):
     for wanted in range(len(names)):
         leaves = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
         loss = sum(t.sum() for t in function(*leaves) if t.requires_grad)
-        with CalledWith() as mode:
+        with OurCalls() as ours:
             loss.backward()
-        call = mode.calls[f"{op}_backward"]
+        call = ours.the(f"{op}_backward").arguments
         assert [call[f"need_{name}"] for name in names] == [i == wanted for i in range(len(names))]
         call = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
         namespace = getattr(torch.ops, NAMESPACES[backend])
@@ -258,6 +240,6 @@ def test_the_pre_activation_is_kept_for_gradients_alone(op, device, backend):
     function, tensors = cases(inputs.ORDINARY, device, backend)[op]
     num_rows = inputs.make_plan(inputs.ORDINARY, device=device).num_rows
     for wanted, rows in ((False, 0), (True, num_rows)):
-        with CalledWith() as mode:
+        with OurCalls() as ours:
             function(*[t.detach().requires_grad_(wanted) for t in tensors])
-        assert mode.results[op][1].shape == (rows, inputs.ORDINARY.F)
+        assert ours.the(op).result[1].shape == (rows, inputs.ORDINARY.F)
