@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("conformance", "ops", "nn", "models")  # the contract first; the others test what runs on a CPU
+FOLDERS = ("conformance", "ops", "nn", "models", "training")  # the contract first; the others test what runs on a CPU
 PYTEST = [sys.executable, "-P", "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
 
 
