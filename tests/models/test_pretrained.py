@@ -147,6 +147,11 @@ def test_several_files_under_an_index(folder: Path) -> None:
         WideNetForImageClassification.from_pretrained(folder)
 
 
+def test_what_transformers_adds_to_a_config_decides_nothing(folder: Path) -> None:
+    changed(folder, transformers_version="5.0.0", dtype="float32", id2label={"0": "a"}, problem_type=None)
+    assert torch.equal(logits(WideNetForImageClassification.from_pretrained(folder)), logits(tiny().eval()))
+
+
 # What is refused
 
 

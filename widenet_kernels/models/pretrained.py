@@ -18,6 +18,10 @@ from widenet_kernels.models.config import EncoderConfig
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 NAMES_SHOWN = 4  # of tensors, in an error
+OF_TRANSFORMERS = {  # fields that its save_pretrained adds to a config; none decides what a model of ours computes
+    *("transformers_version", "dtype", "return_dict", "output_attentions", "output_hidden_states"),
+    *("id2label", "label2id", "problem_type", "is_encoder_decoder", "chunk_size_feed_forward"),
+}
 
 Folder = str | os.PathLike[str]
 Model = TypeVar("Model", bound="PretrainedModel")
@@ -50,6 +54,8 @@ class PretrainedModel(nn.Module):
     def from_pretrained(cls: type[Model], folder: Folder, **overrides: Any) -> Model:
         """The model that :meth:`save_pretrained` wrote, bit for bit, on the CPU and in evaluation mode.
 
+        What transformers' ``save_pretrained`` wrote of the same model is read too.
+
         Args:
             folder: a local one; its tensors may lie in several files under a ``model.safetensors.index.json``.
             overrides: fields of the config to change, such as ``dropout``, ``capacity_factor`` or ``backend``.
@@ -66,7 +72,8 @@ class PretrainedModel(nn.Module):
             if raw.get(name) != expected:
                 raise ValueError(f"{owner}: {name} in {CONFIG}: expected {expected!r}, got {raw.get(name)!r}")
         known = {field.name for field in fields(cls.config_class)}
-        given = {name: value for name, value in raw.items() if name not in ("model_type", "architectures")} | overrides
+        beside = {"model_type", "architectures"} | OF_TRANSFORMERS
+        given = {name: value for name, value in raw.items() if name not in beside} | overrides
         if unknown := given.keys() - known:
             raise ValueError(
                 f"{owner}: config: expected fields of {cls.config_class.__name__}, got {listed(sorted(unknown))}"
