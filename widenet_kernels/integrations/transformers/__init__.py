@@ -1,0 +1,15 @@
+"""transformers (5 or later, not installed with us): its experts by our kernels."""
+
+from widenet_kernels.integrations.transformers.experts import register_experts
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Tells transformers of our kernels; to do it again changes nothing.
+
+    ``experts_implementation="widenet"``, in ``from_pretrained`` or ``model.set_experts_implementation``, then runs the
+    experts of Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss and the other families of its ``ExpertsInterface`` by our
+    kernels, on the parameters as they lie; checkpoints stay what they are.
+    """
+    register_experts()
