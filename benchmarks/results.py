@@ -168,6 +168,7 @@ COLUMNS = (  # heading, width, what stands in it
     ("rounds", 7, lambda row: str(row["rounds"])),
     ("GFLOP/s", 10, lambda row: number(row["tflops"], 1e3, ",.1f")),
     ("GB/s", 8, lambda row: number(row["gb_per_s"], 1, ",.1f")),
+    ("tokens/s", 11, lambda row: number(ratio(row["dims"]["T"] or None, row["ms"]), 1e3, ",.0f")),
     ("of limit", 9, lambda row: number(row["share_of_limit"], 1, ".3f")),
     (
         "vs best peer",

@@ -12,7 +12,7 @@ import torch
 
 import widenet_kernels as wk
 
-from . import ceilings, gemms, gpu_sanitize, host, launches, layer, model, results, stages
+from . import ceilings, gemms, gpu_sanitize, host, launches, layer, model, results, stages, transformer
 from .results import Section
 from .shapes import DTYPES, Case, Inputs
 from .timing import Budget, Row, clock, measure
@@ -24,7 +24,11 @@ except ModuleNotFoundError:
 
 LARGEST_ERROR = {"fp64": 1e-9, "fp32": 1e-3, "fp16": 2e-2, "bf16": 6e-2}  # of any row
 Sections = Callable[[Inputs], Iterator[Section]]
-ONCE: Mapping[str, Sections] = {"ceilings": ceilings.sections, "host": host.sections}  # whatever the shape
+ONCE: Mapping[str, Sections] = {  # whatever the shape
+    "ceilings": ceilings.sections,
+    "host": host.sections,
+    "transformers": transformer.sections,
+}
 PRODUCTS = ("first", "second", "grad_rows", "hidden", "weight_1", "weight_2")  # of a layer, forward and backward
 
 
