@@ -62,13 +62,19 @@ def contenders(
 def called(implementation: str, model: Callable[[], Any], case: Case, run: Callable[..., Call]) -> Call:
     if importlib.util.find_spec("transformers") is None:
         raise Unavailable("transformers is not installed")
+    use(model(), EAGER)  # for what comes before the call: batched_mm would gather gigabytes
     call = run(model(), case)
 
     def switched() -> Any:
-        model().config._experts_implementation = implementation  # what set_experts_implementation sets
+        use(model(), implementation)
         return call()
 
     return switched
+
+
+def use(model: Any, implementation: str) -> None:
+    """As set_experts_implementation, without a walk over the modules."""
+    model.config._experts_implementation = implementation
 
 
 def mixtral(device: str, dtype: torch.dtype) -> Any:
@@ -105,10 +111,8 @@ class Step(Forward):
 
     @torch.enable_grad()
     def __call__(self) -> list[Tensor]:
-        self.model.zero_grad(set_to_none=True)
         loss = self.model(self.ids, labels=self.ids, use_cache=False).loss
-        loss.backward()
-        return [loss.detach(), *(parameter.grad for parameter in self.model.parameters())]
+        return [loss.detach(), *torch.autograd.grad(loss, list(self.model.parameters()))]
 
 
 class Decode:
