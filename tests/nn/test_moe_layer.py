@@ -182,6 +182,17 @@ def test_from_dense_computes_what_the_dense_network_did(activation, bias, device
     assert layer.experts.w1.any()
 
 
+@pytest.mark.parametrize(("activation", "gated_by"), [("swiglu", "silu"), ("geglu", "gelu")])
+def test_from_dense_with_a_gate(activation, gated_by, device, backend):
+    gate, value = (torch.nn.Linear(8, 12).double().to(device) for _ in range(2))
+    joined, linear2 = (torch.nn.Linear(*size).double().to(device) for size in ((8, 24), (12, 8)))
+    joined.load_state_dict({name: torch.cat([t, getattr(value, name)]) for name, t in gate.state_dict().items()})
+    layer = wk.MoELayer.from_dense(joined, linear2, 4, activation, noise_std=0, backend=backend)
+    x = inputs.normal(3, 7, 8, seed=3, dtype=torch.float64, device=device)
+    assert layer.experts.ffn_dim == 12
+    assert_float64(layer(x)[0], linear2(ACTIVATIONS[gated_by](gate(x)) * value(x)))
+
+
 def test_accumulate_grads_through_layers_that_share_experts(device, backend):
     first = make(device, backend).float()
     second = wk.MoELayer(8, 12, 4, router=first.router, experts=first.experts, backend=backend)
@@ -258,8 +269,14 @@ def test_from_dense_makes_its_own_parts(option):
     linear1, linear2 = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
     with pytest.raises(ValueError, match=f"from_dense: {option}"):
         wk.MoELayer.from_dense(linear1, linear2, 4, **{option: getattr(make("cpu", None), option)})
-    with pytest.raises(ValueError, match="without a gate, got 'swiglu'"):
+
+
+def test_from_dense_with_a_gate_needs_two_halves():
+    linear1, linear2 = torch.nn.Linear(8, 11), torch.nn.Linear(12, 8)
+    with pytest.raises(ValueError, match=r"from_dense: linear1: expected an even number .* swiglu: .*, got 11"):
         wk.MoELayer.from_dense(linear1, linear2, 4, activation="swiglu")
+    with pytest.raises(ValueError, match=r"expected Linear\(13, 8\) behind Linear\(8, 26\), got Linear\(12, 8\)"):
+        wk.MoELayer.from_dense(torch.nn.Linear(8, 26), linear2, 4, activation="swiglu")
 
 
 def test_meta_device():

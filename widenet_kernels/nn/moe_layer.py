@@ -151,20 +151,25 @@ class MoELayer(nn.Module):
     ) -> "MoELayer":
         """A layer for the place of ``linear2(activation(linear1(x)))``, with that network copied into every expert.
 
+        For a gated activation, "swiglu" or "geglu", ``linear1`` is Linear(D, 2F): the gate's outputs, then the values'.
         With the defaults (normalized weights, dropless) the new layer computes what the old one did, until training
         tells the experts apart. With ``k=1`` every normalized weight is 1 and the router learns from the balance loss
         alone: pass ``normalize=False`` there. ``options`` are those of the constructor but ``router`` and ``experts``,
         which are made here.
         """
-        if activation in GATED:
-            raise ValueError(f"MoELayer.from_dense: activation: expected one without a gate, got {activation!r}")
         for name in ("router", "experts"):
             if name in options:
                 raise ValueError(f"MoELayer.from_dense: {name}: expected none, it is made from the dense layers")
-        dim, ffn_dim = linear1.in_features, linear1.out_features
+        dim, width = linear1.in_features, linear1.out_features
+        ffn_dim, odd = divmod(width, 2) if activation in GATED else (width, 0)
+        if odd:
+            raise ValueError(
+                f"MoELayer.from_dense: linear1: expected an even number of outputs for {activation}: gate half, then "
+                f"value half, got {width}"
+            )
         if linear2.in_features != ffn_dim or linear2.out_features != dim:
             raise ValueError(
-                f"MoELayer.from_dense: linear2: expected Linear({ffn_dim}, {dim}) behind Linear({dim}, {ffn_dim}), "
+                f"MoELayer.from_dense: linear2: expected Linear({ffn_dim}, {dim}) behind Linear({dim}, {width}), "
                 f"got Linear({linear2.in_features}, {linear2.out_features})"
             )
         has_bias = linear1.bias is not None
