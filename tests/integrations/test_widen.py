@@ -1,0 +1,462 @@
+"""widen: what becomes of a dense model, for each architecture; sharing, naming, padding, and what is refused."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_models import LENGTHS, batch, dense, layers_of, logits, padding, random, settle
+from torch import Tensor, nn
+
+from widenet_kernels.integrations import moe_losses, widen
+from widenet_kernels.integrations.padding import Padding
+from widenet_kernels.testing.numerics import assert_float64
+
+E, D, FFN = 4, 12, 20
+ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "relu": nn.ReLU(), "silu": nn.SiLU()}
+NAMES = {
+    "encoder": {f"encoder.layers.{depth}": "TransformerEncoderLayer" for depth in range(3)},
+    "vit": {f"vit.layers.{depth}.mlp": "ViTMLP" for depth in range(3)},
+    "bert": {f"bert.encoder.layer.{depth}": "BertLayer" for depth in range(3)},
+    "llama": {f"model.layers.{depth}.mlp": "LlamaMLP" for depth in range(3)},
+}
+
+
+def demands(model: nn.Module) -> list[int]:
+    """Fills with the number of choices that asked, of each routing from now on."""
+    asked: list[int] = []
+    for layer in dict.fromkeys(layers_of(model)):
+        layer.register_forward_hook(lambda _, __, output: asked.append(int(output[1].expert_demand.sum())))
+    return asked
+
+
+# What it computes
+
+
+def test_computes_what_the_dense_model_did(kind: str) -> None:
+    model, before = dense(kind), dense(kind)
+    report = widen(model, E)
+    assert report.widened == NAMES[kind]
+    assert len(layers_of(model)) == 3
+    given = batch(kind)
+    assert_float64(logits(model(**given)), logits(before(**given)))
+
+
+@pytest.mark.parametrize("options", [{"k": 1}, {"k": 4}, {"capacity_factor": 8.0}, {"num_experts": 1, "k": 1}], ids=str)
+def test_with_other_options(options: dict[str, Any]) -> None:
+    model, before = dense("encoder"), dense("encoder")
+    widen(model, **{"num_experts": E, **options})
+    assert layers_of(model)[0].router.k == options.get("k", 2)
+    given = batch("encoder")
+    assert_float64(logits(model(**given)), logits(before(**given)))
+
+
+def test_parameters_by_hand(kind: str) -> None:
+    model = dense(kind)
+    dense_total = sum(parameter.numel() for parameter in model.parameters())
+    biases = 0 if kind == "llama" else FFN + D
+    weights = (3 if kind == "llama" else 2) * D * FFN
+    report = widen(model, E)
+    assert report.total_before == report.trainable_before == dense_total
+    expected = dense_total + 3 * ((E - 1) * (weights + biases) + E * D)  # three routers without a bias
+    assert report.total_after == report.trainable_after == expected
+    assert expected == sum(parameter.numel() for parameter in model.parameters())
+    text = str(report)
+    assert text.startswith("4 experts in each of 3 places:")
+    assert f"{dense_total:,} before, {expected:,} after" in text
+    assert all(f"{name} ({what})" in text for name, what in NAMES[kind].items())
+    assert ("add moe_losses(model)" in text) == (kind == "encoder")
+
+
+def test_every_expert_learns(kind: str) -> None:
+    model = dense(kind).train()
+    widen(model, E, noise_std=0.0)
+    before = copy.deepcopy(model.state_dict())
+    given = batch(kind)
+    loss = model(**given).square().mean() + moe_losses(model) if kind == "encoder" else model(**given).loss
+    loss.backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    for name, parameter in model.named_parameters():
+        if ".experts." in name or ".router." in name:
+            assert not torch.equal(parameter, before[name]), name
+    assert not torch.equal(layers_of(model)[0].experts.w1[0], layers_of(model)[0].experts.w1[1])
+
+
+# torch's encoder, whose fast path calls neither layer
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
+@pytest.mark.parametrize("options", [{}, {"norm_first": True}, {"batch_first": False}, {"activation": "gelu"}], ids=str)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_no_fast_path_goes_past_the_experts(context: Any, options: dict[str, Any], masked: bool) -> None:
+    """Zero experts must be seen: then the second half of each block adds nothing."""
+    model, before = dense("encoder", **options), dense("encoder", **options)
+    widen(model, E)
+    asked = demands(model)
+    x, pad = random(3, 7, D), padding() if masked else None
+    valid = ~padding() if masked else torch.ones(3, 7, dtype=torch.bool)
+    if not options.get("batch_first", True):
+        x, valid = x.transpose(0, 1), valid.t()
+    with context():
+        assert_float64(model(x, pad)[valid], before(x, pad)[valid])
+        assert asked == [2 * int(valid.sum())] * 3
+        for layer in layers_of(model):
+            layer.experts.w2.zero_()
+            layer.experts.b2.zero_()
+        for layer in before.encoder.layers:
+            layer.linear2.weight.zero_()
+            layer.linear2.bias.zero_()
+        assert_float64(model(x, pad)[valid], before(x, pad)[valid])
+
+
+def test_an_encoder_widened_in_part() -> None:
+    """Its first layer, which decides over nested tensors, is dense still."""
+    model, before = dense("encoder"), dense("encoder")
+    report = widen(model, E, blocks=[-1])
+    assert list(report.widened) == ["encoder.layers.2"]
+    with torch.no_grad():
+        given = batch("encoder")
+        assert_float64(logits(model(**given)), logits(before(**given)))
+    assert list(widen(model, E).widened) == ["encoder.layers.0", "encoder.layers.1"]  # what is left
+    with torch.no_grad():
+        assert_float64(logits(model(**given)), logits(before(**given)))
+    with pytest.raises(
+        ValueError, match=r"^widen: model: expected torch.nn.TransformerEncoderLayer or .* got a Encoder"
+    ):
+        widen(model, E)
+
+
+def test_a_mask_of_numbers_and_one_text_alone() -> None:
+    model = dense("encoder")
+    widen(model, E)
+    asked = demands(model)
+    given = batch("encoder")
+    numbers = torch.zeros(3, 7, dtype=torch.float64).masked_fill(padding(), -torch.inf)
+    assert_float64(model(given["x"], numbers)[~padding()], model(**given)[~padding()])
+    layer = model.encoder.layers[0]
+    layer(given["x"][1], src_key_padding_mask=padding()[1])
+    assert asked == [2 * sum(LENGTHS)] * 6 + [2 * LENGTHS[1]]
+
+
+def test_dropout_stands_behind_the_experts() -> None:
+    model = dense("encoder", dropout=0.5).train()
+    widen(model, E, noise_std=0.0)
+    layer = model.encoder.layers[0]
+    assert layer.dropout2.p == 0.5
+    x = random(3, 7, D)
+    wide = layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
+    assert_float64(wide, layer.linear1.layer(x)[0])  # none between
+
+
+# Padding
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_padding_asks_for_no_expert(kind: str, attention: str) -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    model, before = (dense(kind, attn_implementation=attention) for _ in range(2))
+    widen(model, E)
+    asked = demands(model)
+    given = batch(kind)
+    assert_float64(logits(model(**given)), logits(before(**given)))
+    assert asked == [2 * sum(LENGTHS)] * 3
+    asked.clear()
+    model(given["input_ids"])  # no mask, and none left of the last forward
+    assert asked == [2 * 21] * 3
+
+
+def test_llama_generates_the_same() -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    model, before = dense("llama"), dense("llama")
+    widen(model, E)
+    asked = demands(model)
+    given = {name: value.flip(1) for name, value in batch("llama").items() if name != "labels"}  # padded on the left
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(**given, **options), before.generate(**given, **options))
+    assert asked == [2 * sum(LENGTHS)] * 3 + [2 * 3] * 9  # the texts, then a token of each, three times
+
+
+class Attention(nn.Module):
+    def forward(self, x: Tensor, attention_mask: Any = None) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["positional", "keyword"])
+@pytest.mark.parametrize("form", ["int", "bool", "4d", "additive", "heads", "causal"])
+def test_forms_of_transformers_masks(form: str, by_name: bool) -> None:
+    valid = ~padding()
+    square = valid[:, None, None, :].expand(3, 1, 7, 7)
+    mask = {
+        "int": valid.long(),
+        "bool": valid,
+        "4d": square,
+        "additive": torch.zeros(3, 1, 7, 7).masked_fill(~square, torch.finfo(torch.float32).min),
+        "heads": square.expand(3, 2, 7, 7),
+        "causal": square & torch.ones(7, 7, dtype=torch.bool).tril(),
+    }[form]
+    attention = Attention()
+    told = Padding(attention)
+    x = random(3, 7, D)
+    assert told.valid(x) is None
+    attention(x, attention_mask=mask) if by_name else attention(x, mask)
+    assert torch.equal(told.valid(x), valid)
+    assert copy.deepcopy(told).mask is None
+    assert told.valid(random(3, 1, D)) is None  # other tokens
+    attention(x, object())  # flex attention's
+    assert told.valid(x) is None
+
+
+def test_a_mask_of_another_shape_is_none() -> None:
+    """With a cache the mask covers the earlier tokens too; each new token is served."""
+    pytest.importorskip("transformers", minversion="5.0")
+    model = dense("llama")
+    widen(model, E)
+    asked = demands(model)
+    given = batch("llama")
+    cache = model(given["input_ids"][:, :5], given["attention_mask"][:, :5], use_cache=True).cache
+    asked.clear()
+    model(given["input_ids"][:, 5:], given["attention_mask"], cache=cache)
+    assert asked == [2 * 3 * 2] * 3
+
+
+# One set for all blocks
+
+
+def test_shared_experts_are_copies_of_the_first(kind: str) -> None:
+    model, before = dense(kind), dense(kind)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    first = copy.deepcopy(model)
+    widen(first, E, blocks=[0])
+    report = widen(model, E, share=True)
+    layers = layers_of(model)
+    assert layers[0] is layers[1] is layers[2]
+    for name, parameter in layers_of(first)[0].experts.named_parameters():
+        assert torch.equal(parameter, layers[0].experts.get_parameter(name))
+    biases = 0 if kind == "llama" else FFN + D
+    weights = (3 if kind == "llama" else 2) * D * FFN
+    assert str(report).startswith("4 experts for all of 3 places:")
+    assert report.total_after == total + (E - 3) * (weights + biases) + E * D
+    keys = [name for name in model.state_dict() if name.endswith("router.weight")]
+    assert len(keys) == 1
+    if kind != "encoder":
+        return
+    same = [before.encoder.layers[0].linear1, before.encoder.layers[0].linear2]
+    for block in before.encoder.layers:
+        block.linear1, block.linear2 = same
+    given = batch(kind)
+    assert_float64(logits(model(**given)), logits(before(**given)))
+
+
+def test_networks_that_differ_share_no_experts() -> None:
+    model = nn.ModuleList([nn.Sequential(nn.Linear(D, width), nn.GELU(), nn.Linear(width, D)) for width in (FFN, 24)])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"^widen: share: expected .* like the first, \(12, 20, .*got \(12, 24, .* at 1"
+    ):
+        widen(model, E, modules=["0", "1"], share=True)
+    assert model.state_dict().keys() == before.keys()
+    assert not model._forward_hooks
+
+
+def test_shared_experts_save_once(tmp_path: Any) -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = dense("bert")
+    widen(model, E, share=True)
+    model.save_pretrained(tmp_path)
+    saved = safetensors.load_file(tmp_path / "model.safetensors")
+    again = dense("bert")
+    widen(again, E, share=True, upcycle=False, capacity_factor=None, normalize=True)
+    missing = again.load_state_dict(saved, strict=False)
+    assert not missing.unexpected_keys
+    assert all("decoder" in name for name in missing.missing_keys)  # tied in the dense model
+    given = batch("bert")
+    assert torch.equal(again(**given).logits, model(**given).logits)
+
+
+# New weights, and what is kept
+
+
+def test_new_weights() -> None:
+    model = dense("encoder")
+    widen(model, E, upcycle=False, k=3)
+    layer = layers_of(model)[0]
+    assert (layer.router.k, layer.capacity_factor, layer.router.normalize) == (3, 1.2, False)  # a new layer's defaults
+    assert not torch.equal(layer.experts.w1[0], layer.experts.w1[1])
+    assert (layer.experts.ffn_dim, layer.experts.activation) == (FFN, "relu")
+    assert model(**batch("encoder")).isfinite().all()
+
+
+def test_dtype_mode_and_what_is_frozen_stay() -> None:
+    model = dense("encoder").bfloat16()
+    frozen, first, mixed = model.encoder.layers
+    frozen.train()
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    mixed.linear1.bias.requires_grad_(False)
+    state = torch.get_rng_state()
+    report = widen(model, E)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert frozen.linear1.layer.experts.training
+    assert not first.linear1.layer.experts.training
+    assert not any(parameter.requires_grad for parameter in frozen.linear1.layer.experts.parameters())
+    assert all(parameter.requires_grad for parameter in first.linear1.layer.parameters())
+    trained = {name for name, p in mixed.linear1.layer.named_parameters() if p.requires_grad}
+    assert trained == {"router.weight", "experts.w1", "experts.w2", "experts.b2"}
+    assert report.trainable_after == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert not torch.equal(state, torch.get_rng_state())  # the routers are drawn by torch's generator
+
+
+def test_widening_is_reproducible() -> None:
+    states = []
+    for _ in range(2):
+        model = dense("encoder")
+        torch.manual_seed(5)
+        widen(model, E)
+        states.append(model.state_dict())
+    assert all(torch.equal(one, states[1][name]) for name, one in states[0].items())
+
+
+# Named modules
+
+
+class Block(nn.Module):
+    """Somebody's own."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+class Functional(nn.Module):
+    """The activation is a function; the second layer is zero at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, FFN, bias=False), nn.Linear(FFN, D, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Gated(nn.Module):
+    """With the names and the order of Llama's first code: w1 is the gate's, w3 the value's."""
+
+    def __init__(self, function: Any, ffn_dim: int = FFN) -> None:
+        super().__init__()
+        self.function = function
+        self.w1, self.w2, self.w3 = nn.Linear(D, ffn_dim), nn.Linear(ffn_dim, D), nn.Linear(D, ffn_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.function(self.w1(x)) * self.w3(x))
+
+
+OWN = {
+    **{
+        f"sequential-{name}": nn.Sequential(nn.Linear(D, FFN), act, nn.Linear(FFN, D))
+        for name, act in ACTIVATIONS.items()
+    },
+    "square": nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D)),
+    "functional": Functional(),
+    "swiglu": Gated(F.silu),
+    "geglu": Gated(F.gelu),
+    "square-swiglu": Gated(F.silu, D),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_any_network_by_name(name: str) -> None:
+    model = nn.Sequential(*(Block(copy.deepcopy(OWN[name])) for _ in range(3))).double()
+    if name != "functional":
+        settle(model)
+    before = copy.deepcopy(model)
+    report = widen(model, E, modules=["1.mlp", "2.mlp"], noise_std=0.0)
+    assert report.widened == dict.fromkeys(["1.mlp", "2.mlp"], type(OWN[name]).__name__)
+    assert not report.loss_in_output
+    activation = name.split("-")[-1] if name != "functional" else "gelu_tanh"
+    assert layers_of(model)[0].experts.activation == {"square": "silu"}.get(activation, activation)
+    x = random(3, 7, D)
+    assert_float64(model(x), before(x))
+
+
+def test_dropout_of_a_named_network() -> None:
+    mlp = nn.Sequential(nn.Linear(D, FFN), nn.GELU(), nn.Dropout(0.1), nn.Linear(FFN, D), nn.Dropout(0.3))
+    model = nn.Sequential(Block(mlp))
+    widen(model, E, modules=["0.mlp"])
+    assert model[0].mlp.dropout.p == 0.3
+
+
+def test_layers_by_name() -> None:
+    model, before = dense("encoder"), dense("encoder")
+    assert list(widen(model, E, modules=["encoder.layers.1"]).widened) == ["encoder.layers.1"]
+    given = batch("encoder")
+    assert_float64(logits(model(**given)), logits(before(**given)))
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class TwoArguments(nn.Sequential):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Linear(D, D),
+        nn.Sequential(nn.Linear(D, FFN), nn.Tanh(), nn.Linear(FFN, D)),
+        nn.Sequential(nn.Linear(D, FFN), nn.GELU(), nn.Linear(FFN, FFN)),
+        nn.Sequential(nn.Linear(D, FFN), nn.GELU(), nn.Linear(FFN, D, bias=False)),
+        nn.Sequential(nn.LayerNorm(D), nn.Linear(D, FFN), nn.GELU(), nn.Linear(FFN, D)),
+        nn.Sequential(nn.Linear(D, FFN), nn.GELU(), nn.LayerNorm(FFN, elementwise_affine=False), nn.Linear(FFN, D)),
+        nn.Sequential(nn.Linear(D, FFN), nn.GELU(), nn.Linear(FFN, FFN), nn.GELU(), nn.Linear(FFN, D)),
+        Residual(nn.Linear(D, FFN), nn.GELU(), nn.Linear(FFN, D)),
+        TwoArguments(nn.Linear(D, FFN), nn.GELU(), nn.Linear(FFN, D)),
+        Gated(F.relu),
+    ],
+    ids=["one", "tanh", "sizes", "bias", "norm", "norm-between", "three", "residual", "arguments", "reglu"],
+)
+def test_a_network_of_another_form_is_refused(module: nn.Module) -> None:
+    model = nn.Sequential(Block(Functional()), Block(module))
+    with pytest.raises(ValueError, match=rf"^widen: 1.mlp: expected a module x .* got {type(module).__name__}$"):
+        widen(model, E, modules=["0.mlp", "1.mlp"])
+    assert isinstance(model[0].mlp, Functional)
+    assert not layers_of(model)
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modules": ["encoder.layers.9"]}, r"modules: expected names of modules in the model, got 'encoder.layers.9'"),
+        ({"modules": [""]}, r"modules: expected names of modules in the model, got ''"),
+        ({"blocks": [3]}, r"blocks: expected indices of the 3 networks found, got \[3\]"),
+        ({"blocks": []}, r"blocks: expected indices of the 3 networks found, got \[\]"),
+        ({"activation": "relu"}, r"activation: expected none, since the dense networks decide it, got one"),
+        ({"experts": None}, r"experts: expected none"),
+    ],
+    ids=str,
+)
+def test_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^widen: {message}"):
+        widen(dense("encoder"), E, **options)
+
+
+def test_errors_of_the_layer_and_of_bert() -> None:
+    with pytest.raises(ValueError, match=r"^TopKRouter: k: expected 1 to 4"):
+        widen(dense("encoder"), E, k=5)
+    with pytest.raises(ValueError, match=r"^widen: model: .* or modules that name .* got a Linear with none of them"):
+        widen(nn.Linear(2, 2), E)
+    pytest.importorskip("transformers", minversion="5.0")
+    with pytest.raises(ValueError, match=r"^widen: bert.encoder.layer.0: expected chunk_size_feed_forward 0.*got 2"):
+        widen(dense("bert", chunk_size_feed_forward=2), E)
