@@ -127,6 +127,20 @@ def test_an_encoder_widened_in_part() -> None:
         widen(model, E)
 
 
+def test_an_encoder_made_of_a_widened_layer() -> None:
+    """It copies the layer, and with it what collects its losses; neither it nor the copies take a fast path."""
+    layer = dense("encoder").encoder.layers[0]
+    before = nn.TransformerEncoder(layer, 2).eval()
+    widen(layer, E)
+    with pytest.warns(UserWarning, match="activation_relu_or_gelu was not True"):
+        model = nn.TransformerEncoder(layer, 2).eval()
+    with torch.no_grad():
+        x, pad = random(3, 7, D), padding()
+        assert_float64(model(x, src_key_padding_mask=pad)[~pad], before(x, src_key_padding_mask=pad)[~pad])
+    terms = [moe_losses(copied) for copied in model.layers]
+    assert_float64(moe_losses(model), terms[0] + terms[1])
+
+
 def test_a_mask_of_numbers_and_one_text_alone() -> None:
     model = dense("encoder")
     widen(model, E)
@@ -395,7 +409,7 @@ def test_dropout_of_a_named_network() -> None:
 
 def test_layers_by_name() -> None:
     model, before = dense("encoder"), dense("encoder")
-    assert list(widen(model, E, modules=["encoder.layers.1"]).widened) == ["encoder.layers.1"]
+    assert list(widen(model, E, modules=["encoder.layers.1"] * 2).widened) == ["encoder.layers.1"]
     given = batch("encoder")
     assert_float64(logits(model(**given)), logits(before(**given)))
 

@@ -53,7 +53,7 @@ def find_places(model: nn.Module, names: Sequence[str] | None) -> list[Place]:
     for name in names:
         if name == "" or name not in modules:
             raise ValueError(f"widen: modules: expected names of modules in the model, got {name!r}")
-    return [place_of(model, name, modules[name]) for name in names]
+    return [place_of(model, name, modules[name]) for name in dict.fromkeys(names)]
 
 
 def is_known(module: nn.Module) -> bool:
