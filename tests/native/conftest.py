@@ -16,7 +16,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
     return native.load(native.build(request.config.getoption("--sanitized", default=False)))
 
 
-@pytest.fixture(params=native.LEVELS)  # test_gemm.py has one more
+@pytest.fixture(params=native.LEVELS)
 def kernels(request: pytest.FixtureRequest, module: ModuleType) -> native.Kernels:
     if request.param not in module.levels():
         pytest.skip(f"this CPU cannot run {request.param}")

@@ -17,6 +17,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
 LEVELS = ("baseline", "avx2", "avx512")
+GEMM_LEVELS = (*LEVELS, "avx512_bf16")  # for which the other kernels are those of avx512
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

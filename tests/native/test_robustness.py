@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from native import DTYPES, LEVELS, Kernels, math_dtype
+from native import DTYPES, GEMM_LEVELS, Kernels, math_dtype
 
 from widenet_kernels.reference.gate import topk_gate_backward
 from widenet_kernels.reference.plan import plan_routing
@@ -205,7 +205,7 @@ def test_any_number_of_threads_gives_the_same_bits(module, kernels, dtype):
 
 def test_levels(module):
     assert module.levels()[-1] == "baseline"
-    assert set(module.levels()) <= set(LEVELS)
+    assert set(module.levels()) <= set(GEMM_LEVELS)
 
 
 X, ROW_CHOICE = np.ones((4, 3), np.float32), np.zeros(5, np.int32)
