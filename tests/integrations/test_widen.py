@@ -211,7 +211,8 @@ def test_forms_of_transformers_masks(form: str, by_name: bool) -> None:
         "causal": square & torch.ones(7, 7, dtype=torch.bool).tril(),
     }[form]
     attention = Attention()
-    told = Padding(attention)
+    block = nn.Sequential(attention)
+    told = Padding(block, attention)
     x = random(3, 7, D)
     assert told.valid(x) is None
     attention(x, attention_mask=mask) if by_name else attention(x, mask)
@@ -220,6 +221,26 @@ def test_forms_of_transformers_masks(form: str, by_name: bool) -> None:
     assert told.valid(random(3, 1, D)) is None  # other tokens
     attention(x, object())  # flex attention's
     assert told.valid(x) is None
+    attention(x, mask)
+    block(x)
+    assert told.valid(x) is None
+
+
+def test_a_network_before_the_attention_knows_no_mask() -> None:
+    """Nor that of the forward before, of other texts: a Conformer's first network serves every token."""
+    pytest.importorskip("transformers", minversion="5.0")
+    from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer as conformer
+
+    sizes = {"hidden_size": D, "intermediate_size": FFN, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = conformer.Wav2Vec2ConformerConfig(**sizes, position_embeddings_type=None, vocab_size=23)
+    config._attn_implementation = "eager"
+    model = settle(conformer.Wav2Vec2ConformerEncoderLayer(config))
+    widen(model, E, modules=["ffn1", "ffn2"])
+    asked = demands(model)
+    mask = torch.zeros(3, 1, 7, 7).masked_fill(padding()[:, None, None, :], -torch.inf).double()
+    for _ in range(2):
+        model(random(3, 7, D), attention_mask=mask)
+    assert asked == [2 * 21, 2 * sum(LENGTHS)] * 2
 
 
 def test_a_mask_of_another_shape_is_none() -> None:

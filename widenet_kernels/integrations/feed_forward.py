@@ -22,7 +22,8 @@ class Place(NamedTuple):
     name: str  # of the module in the model
     module: nn.Module
     dense: nn.Module  # x [N, L, D] -> y: the module, or made of its parts
-    attention: nn.Module | None  # of the same block: its mask tells what is padding
+    block: nn.Module  # that calls it
+    attention: nn.Module | None  # of the block: its mask tells what is padding
     dropout: float  # what dropout in the module goes with it
     put: Callable[[nn.Module], None]  # another x -> y in its place
 
@@ -80,7 +81,7 @@ def place_of(model: nn.Module, name: str, module: nn.Module) -> Place:
         return in_bert_layer(name, module)
     block = model.get_submodule(name.rpartition(".")[0])
     dropout = max((part.p for part in module.modules() if isinstance(part, nn.Dropout)), default=0.0)
-    return Place(name, module, module, attention_of(block), dropout, lambda new: model.set_submodule(name, new))
+    return Place(name, module, module, block, attention_of(block), dropout, lambda new: model.set_submodule(name, new))
 
 
 def in_encoder_layer(model: nn.Module, name: str, layer: nn.TransformerEncoderLayer) -> Place:
@@ -104,7 +105,7 @@ def in_encoder_layer(model: nn.Module, name: str, layer: nn.TransformerEncoderLa
             encoder.use_nested_tensor = False
 
     dense = nn.Sequential(layer.linear1, Function(layer.activation), layer.linear2)
-    return Place(name, layer, dense, layer.self_attn, 0.0, put)
+    return Place(name, layer, dense, layer, layer.self_attn, 0.0, put)
 
 
 def in_bert_layer(name: str, layer: nn.Module) -> Place:
@@ -121,7 +122,7 @@ def in_bert_layer(name: str, layer: nn.Module) -> Place:
         output.dense = nn.Identity()  # type: ignore[union-attr]
 
     dense = nn.Sequential(intermediate, output.dense)  # type: ignore[arg-type, union-attr]
-    return Place(name, layer, dense, attention_of(layer), 0.0, put)
+    return Place(name, layer, dense, layer, attention_of(layer), 0.0, put)
 
 
 def attention_of(block: nn.Module) -> nn.Module | None:

@@ -14,23 +14,30 @@ class Padding:
     """What an attention's mask says about the tokens of its block.
 
     The mask is noted where the block calls its attention, so checkpointing that runs the block again notes the same
-    one again, whatever has been forwarded since.
+    one again, whatever has been forwarded since. Before that call the block knows none: a network that stands in front
+    of the attention, as in a Conformer, serves all tokens.
 
     Args:
+        block: the module that calls the attention and the network.
         attention: a module whose forward has one of ``ARGUMENTS``.
     """
 
     mask: Any = None  # of the attention's last call; neither copied nor saved
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, block: nn.Module, attention: nn.Module) -> None:
         names = list(inspect.signature(attention.forward).parameters)
         self.argument = next(name for name in ARGUMENTS if name in names)
         self.place = names.index(self.argument)
         self.batch_first = getattr(attention, "batch_first", True)
+        block.register_forward_pre_hook(self.forget)
         attention.register_forward_pre_hook(self.note, with_kwargs=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "mask"}
+
+    def forget(self, block: nn.Module, args: tuple) -> None:
+        """A forward pre-hook of the block."""
+        self.mask = None
 
     def note(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the attention."""

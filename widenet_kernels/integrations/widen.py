@@ -105,8 +105,8 @@ def widen(
       is (the one between the layer's two Linear layers goes), for a named module the largest rate of a nn.Dropout in
       it.
     - Padding asks for no expert, takes no room and counts in no balance loss, if the block's attention is
-      TransformerEncoderLayer's or one of transformers and is given a mask. For padding itself the model's output is
-      then another one than before.
+      TransformerEncoderLayer's or one of transformers, stands before the network and is given a mask. For padding
+      itself the model's output is then another one than before.
     - The balance loss is collected from each forward of the model as a whole; calls of its parts do not count. If the
       model's output has a ``loss`` it is added to that, in evaluation too; otherwise add :func:`moe_losses` to yours.
       Checkpointing counts nothing twice and changes no gradient.
@@ -143,7 +143,7 @@ def widen(
     losses = BalanceLosses(aux_loss_weight, takes_labels(model) if loss_in_output is None else loss_in_output)
     layers = make_layers(places, num_experts, share, upcycle, options)
     for index, (place, layer) in enumerate(zip(places, layers, strict=True)):
-        padding = None if place.attention is None else Padding(place.attention)
+        padding = None if place.attention is None else Padding(place.block, place.attention)
         new = MoEFeedForward(layer, losses, padding, place.dropout, owner=index == 0 or not share)
         place.put(new.train(place.module.training))
     model.register_forward_pre_hook(losses.begin)
