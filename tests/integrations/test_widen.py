@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_models import LENGTHS, batch, dense, layers_of, logits, padding, random, settle
+from dense_models import LENGTHS, batch, dense, layers_of, logits, padding, random, settle, widened
 from torch import Tensor, nn
 
 from widenet_kernels.integrations import moe_losses, widen
@@ -352,6 +352,17 @@ def test_widening_is_reproducible() -> None:
         widen(model, E)
         states.append(model.state_dict())
     assert all(torch.equal(one, states[1][name]) for name, one in states[0].items())
+
+
+def test_a_model_without_memory_waits_for_a_state_dict() -> None:
+    model = widened("encoder", share=True)
+    with torch.device("meta"):
+        other = dense("encoder")
+        widen(other, E, share=True)
+    assert {parameter.device.type for parameter in other.parameters()} == {"meta"}
+    other.load_state_dict(model.state_dict(), assign=True)
+    given = batch("encoder")
+    assert torch.equal(other(**given), model(**given))
 
 
 # Named modules

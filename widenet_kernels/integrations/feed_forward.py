@@ -181,9 +181,11 @@ def find_form(place: Place) -> tuple[tuple[int, ...], str] | None:
     generator = torch.Generator().manual_seed(0)
 
     def normal_like(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
     probe = copy.deepcopy(place.dense).double().eval()
+    if any(parameter.is_meta for parameter in probe.parameters()):
+        probe.to_empty(device="cpu")
     linears = linear_layers(probe)
     orders = [order for order in orders_of(len(linears)) if fits([linears[index] for index in order])]
     if not orders:
