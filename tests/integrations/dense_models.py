@@ -11,11 +11,12 @@ from widenet_kernels.integrations.widen import MoEFeedForward
 from widenet_kernels.nn import MoELayer
 from widenet_kernels.testing.numerics import assert_float64
 
-SIZES = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2}
+E, D, FFN = 4, 12, 20
+SIZES = {"hidden_size": D, "intermediate_size": FFN, "num_hidden_layers": 3, "num_attention_heads": 2}
 LENGTHS = (7, 3, 5)  # of the texts of a batch, padded to the longest
 KINDS = ("encoder", "vit", "bert", "llama")
 WEIGHT = 0.3  # of the balance losses
-OPTIONS = {"num_experts": 4, "aux_loss_weight": WEIGHT, "noise_std": 0.0}
+OPTIONS = {"num_experts": E, "aux_loss_weight": WEIGHT, "noise_std": 0.0}
 
 
 def padding(lengths: tuple[int, ...] = LENGTHS) -> Tensor:
@@ -35,9 +36,9 @@ class Encoder(nn.Module):
         options = {"dropout": 0.0, "batch_first": True} | options
         nested = options["batch_first"] and not options.get("norm_first")  # else torch warns that it does not
         self.encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(12, 2, 20, **options), num_layers, enable_nested_tensor=nested
+            nn.TransformerEncoderLayer(D, 2, FFN, **options), num_layers, enable_nested_tensor=nested
         )
-        self.head = nn.Linear(12, 5)
+        self.head = nn.Linear(D, 5)
 
     def forward(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
         return self.head(self.encoder(x, src_key_padding_mask=pad))
@@ -73,7 +74,7 @@ def dense(kind: str, **options: Any) -> nn.Module:
 def batch(kind: str, seed: int = 1, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
     """Arguments of such a model, with labels where it takes them."""
     if kind == "encoder":
-        return {"x": random(3, 7, 12, seed=seed), "pad": padding(lengths)}
+        return {"x": random(3, 7, D, seed=seed), "pad": padding(lengths)}
     if kind == "vit":
         return {"pixel_values": random(3, 2, 8, 8, seed=seed), "labels": torch.tensor([3, 0, 4])}
     ids = torch.randint(23, (3, 7), generator=torch.Generator().manual_seed(seed))
@@ -97,6 +98,14 @@ def widened(kind: str, model_options: dict[str, Any] | None = None, **options: A
 def layers_of(model: nn.Module) -> list[MoELayer]:
     """One for each place."""
     return [module.layer for module in model.modules() if isinstance(module, MoEFeedForward)]
+
+
+def demands(model: nn.Module) -> list[int]:
+    """Fills with the number of choices that asked, of each routing from now on."""
+    asked: list[int] = []
+    for layer in dict.fromkeys(layers_of(model)):
+        layer.register_forward_hook(lambda _, __, output: asked.append(int(output[1].expert_demand.sum())))
+    return asked
 
 
 def balance_losses(model: nn.Module) -> list[Tensor]:

@@ -1,34 +1,22 @@
-"""widen: what becomes of a dense model, for each architecture; sharing, naming, padding, and what is refused."""
+"""widen: what becomes of a dense model, for each architecture; torch's fast path, sharing, and what is kept."""
 
 import copy
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from dense_models import LENGTHS, batch, dense, layers_of, logits, padding, random, settle, widened
-from torch import Tensor, nn
+from dense_models import FFN, LENGTHS, D, E, batch, demands, dense, layers_of, logits, padding, random, widened
+from torch import nn
 
 from widenet_kernels.integrations import moe_losses, widen
-from widenet_kernels.integrations.padding import Padding
 from widenet_kernels.testing.numerics import assert_float64
 
-E, D, FFN = 4, 12, 20
-ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "relu": nn.ReLU(), "silu": nn.SiLU()}
 NAMES = {
     "encoder": {f"encoder.layers.{depth}": "TransformerEncoderLayer" for depth in range(3)},
     "vit": {f"vit.layers.{depth}.mlp": "ViTMLP" for depth in range(3)},
     "bert": {f"bert.encoder.layer.{depth}": "BertLayer" for depth in range(3)},
     "llama": {f"model.layers.{depth}.mlp": "LlamaMLP" for depth in range(3)},
 }
-
-
-def demands(model: nn.Module) -> list[int]:
-    """Fills with the number of choices that asked, of each routing from now on."""
-    asked: list[int] = []
-    for layer in dict.fromkeys(layers_of(model)):
-        layer.register_forward_hook(lambda _, __, output: asked.append(int(output[1].expert_demand.sum())))
-    return asked
 
 
 # What it computes
@@ -163,99 +151,6 @@ def test_dropout_stands_behind_the_experts() -> None:
     assert_float64(wide, layer.linear1.layer(x)[0])  # none between
 
 
-# Padding
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_padding_asks_for_no_expert(kind: str, attention: str) -> None:
-    pytest.importorskip("transformers", minversion="5.0")
-    model, before = (dense(kind, attn_implementation=attention) for _ in range(2))
-    widen(model, E)
-    asked = demands(model)
-    given = batch(kind)
-    assert_float64(logits(model(**given)), logits(before(**given)))
-    assert asked == [2 * sum(LENGTHS)] * 3
-    asked.clear()
-    model(given["input_ids"])  # no mask, and none left of the last forward
-    assert asked == [2 * 21] * 3
-
-
-def test_llama_generates_the_same() -> None:
-    pytest.importorskip("transformers", minversion="5.0")
-    model, before = dense("llama"), dense("llama")
-    widen(model, E)
-    asked = demands(model)
-    given = {name: value.flip(1) for name, value in batch("llama").items() if name != "labels"}  # padded on the left
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(**given, **options), before.generate(**given, **options))
-    assert asked == [2 * sum(LENGTHS)] * 3 + [2 * 3] * 9  # the texts, then a token of each, three times
-
-
-class Attention(nn.Module):
-    def forward(self, x: Tensor, attention_mask: Any = None) -> Tensor:
-        return x
-
-
-@pytest.mark.parametrize("by_name", [False, True], ids=["positional", "keyword"])
-@pytest.mark.parametrize("form", ["int", "bool", "4d", "additive", "heads", "causal"])
-def test_forms_of_transformers_masks(form: str, by_name: bool) -> None:
-    valid = ~padding()
-    square = valid[:, None, None, :].expand(3, 1, 7, 7)
-    mask = {
-        "int": valid.long(),
-        "bool": valid,
-        "4d": square,
-        "additive": torch.zeros(3, 1, 7, 7).masked_fill(~square, torch.finfo(torch.float32).min),
-        "heads": square.expand(3, 2, 7, 7),
-        "causal": square & torch.ones(7, 7, dtype=torch.bool).tril(),
-    }[form]
-    attention = Attention()
-    block = nn.Sequential(attention)
-    told = Padding(block, attention)
-    x = random(3, 7, D)
-    assert told.valid(x) is None
-    attention(x, attention_mask=mask) if by_name else attention(x, mask)
-    assert torch.equal(told.valid(x), valid)
-    assert copy.deepcopy(told).mask is None
-    assert told.valid(random(3, 1, D)) is None  # other tokens
-    attention(x, object())  # flex attention's
-    assert told.valid(x) is None
-    attention(x, mask)
-    block(x)
-    assert told.valid(x) is None
-
-
-def test_a_network_before_the_attention_knows_no_mask() -> None:
-    """Nor that of the forward before, of other texts: a Conformer's first network serves every token."""
-    pytest.importorskip("transformers", minversion="5.0")
-    from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer as conformer
-
-    sizes = {"hidden_size": D, "intermediate_size": FFN, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = conformer.Wav2Vec2ConformerConfig(**sizes, position_embeddings_type=None, vocab_size=23)
-    config._attn_implementation = "eager"
-    model = settle(conformer.Wav2Vec2ConformerEncoderLayer(config))
-    widen(model, E, modules=["ffn1", "ffn2"])
-    asked = demands(model)
-    mask = torch.zeros(3, 1, 7, 7).masked_fill(padding()[:, None, None, :], -torch.inf).double()
-    for _ in range(2):
-        model(random(3, 7, D), attention_mask=mask)
-    assert asked == [2 * 21, 2 * sum(LENGTHS)] * 2
-
-
-def test_a_mask_of_another_shape_is_none() -> None:
-    """With a cache the mask covers the earlier tokens too; each new token is served."""
-    pytest.importorskip("transformers", minversion="5.0")
-    model = dense("llama")
-    widen(model, E)
-    asked = demands(model)
-    given = batch("llama")
-    cache = model(given["input_ids"][:, :5], given["attention_mask"][:, :5], use_cache=True).cache
-    asked.clear()
-    model(given["input_ids"][:, 5:], given["attention_mask"], cache=cache)
-    assert asked == [2 * 3 * 2] * 3
-
-
 # One set for all blocks
 
 
@@ -363,146 +258,3 @@ def test_a_model_without_memory_waits_for_a_state_dict() -> None:
     other.load_state_dict(model.state_dict(), assign=True)
     given = batch("encoder")
     assert torch.equal(other(**given), model(**given))
-
-
-# Named modules
-
-
-class Block(nn.Module):
-    """Somebody's own."""
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(D)
-        self.mlp = mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.norm(x))
-
-
-class Functional(nn.Module):
-    """The activation is a function; the second layer is zero at first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(D, FFN, bias=False), nn.Linear(FFN, D, bias=False)
-        nn.init.zeros_(self.down.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
-
-
-class Gated(nn.Module):
-    """With the names and the order of Llama's first code: w1 is the gate's, w3 the value's."""
-
-    def __init__(self, function: Any, ffn_dim: int = FFN) -> None:
-        super().__init__()
-        self.function = function
-        self.w1, self.w2, self.w3 = nn.Linear(D, ffn_dim), nn.Linear(ffn_dim, D), nn.Linear(D, ffn_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(self.function(self.w1(x)) * self.w3(x))
-
-
-OWN = {
-    **{
-        f"sequential-{name}": nn.Sequential(nn.Linear(D, FFN), act, nn.Linear(FFN, D))
-        for name, act in ACTIVATIONS.items()
-    },
-    "square": nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D)),
-    "functional": Functional(),
-    "swiglu": Gated(F.silu),
-    "geglu": Gated(F.gelu),
-    "square-swiglu": Gated(F.silu, D),
-}
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_any_network_by_name(name: str) -> None:
-    model = nn.Sequential(*(Block(copy.deepcopy(OWN[name])) for _ in range(3))).double()
-    if name != "functional":
-        settle(model)
-    before = copy.deepcopy(model)
-    report = widen(model, E, modules=["1.mlp", "2.mlp"], noise_std=0.0)
-    assert report.widened == dict.fromkeys(["1.mlp", "2.mlp"], type(OWN[name]).__name__)
-    assert not report.loss_in_output
-    activation = name.split("-")[-1] if name != "functional" else "gelu_tanh"
-    assert layers_of(model)[0].experts.activation == {"square": "silu"}.get(activation, activation)
-    x = random(3, 7, D)
-    assert_float64(model(x), before(x))
-
-
-def test_dropout_of_a_named_network() -> None:
-    mlp = nn.Sequential(nn.Linear(D, FFN), nn.GELU(), nn.Dropout(0.1), nn.Linear(FFN, D), nn.Dropout(0.3))
-    model = nn.Sequential(Block(mlp))
-    widen(model, E, modules=["0.mlp"])
-    assert model[0].mlp.dropout.p == 0.3
-
-
-def test_layers_by_name() -> None:
-    model, before = dense("encoder"), dense("encoder")
-    assert list(widen(model, E, modules=["encoder.layers.1"] * 2).widened) == ["encoder.layers.1"]
-    given = batch("encoder")
-    assert_float64(logits(model(**given)), logits(before(**given)))
-
-
-class Residual(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
-class TwoArguments(nn.Sequential):
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        return super().forward(x) * scale
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        nn.Linear(D, D),
-        nn.Sequential(nn.Linear(D, FFN), nn.Tanh(), nn.Linear(FFN, D)),
-        nn.Sequential(nn.Linear(D, FFN), nn.GELU(), nn.Linear(FFN, FFN)),
-        nn.Sequential(nn.Linear(D, FFN), nn.GELU(), nn.Linear(FFN, D, bias=False)),
-        nn.Sequential(nn.LayerNorm(D), nn.Linear(D, FFN), nn.GELU(), nn.Linear(FFN, D)),
-        nn.Sequential(nn.Linear(D, FFN), nn.GELU(), nn.LayerNorm(FFN, elementwise_affine=False), nn.Linear(FFN, D)),
-        nn.Sequential(nn.Linear(D, FFN), nn.GELU(), nn.Linear(FFN, FFN), nn.GELU(), nn.Linear(FFN, D)),
-        Residual(nn.Linear(D, FFN), nn.GELU(), nn.Linear(FFN, D)),
-        TwoArguments(nn.Linear(D, FFN), nn.GELU(), nn.Linear(FFN, D)),
-        Gated(F.relu),
-    ],
-    ids=["one", "tanh", "sizes", "bias", "norm", "norm-between", "three", "residual", "arguments", "reglu"],
-)
-def test_a_network_of_another_form_is_refused(module: nn.Module) -> None:
-    model = nn.Sequential(Block(Functional()), Block(module))
-    with pytest.raises(ValueError, match=rf"^widen: 1.mlp: expected a module x .* got {type(module).__name__}$"):
-        widen(model, E, modules=["0.mlp", "1.mlp"])
-    assert isinstance(model[0].mlp, Functional)
-    assert not layers_of(model)
-    assert not model._forward_hooks
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"modules": ["encoder.layers.9"]}, r"modules: expected names of modules in the model, got 'encoder.layers.9'"),
-        ({"modules": [""]}, r"modules: expected names of modules in the model, got ''"),
-        ({"blocks": [3]}, r"blocks: expected indices of the 3 networks found, got \[3\]"),
-        ({"blocks": []}, r"blocks: expected indices of the 3 networks found, got \[\]"),
-        ({"activation": "relu"}, r"activation: expected none, since the dense networks decide it, got one"),
-        ({"experts": None}, r"experts: expected none"),
-    ],
-    ids=str,
-)
-def test_errors(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=rf"^widen: {message}"):
-        widen(dense("encoder"), E, **options)
-
-
-def test_errors_of_the_layer_and_of_bert() -> None:
-    with pytest.raises(ValueError, match=r"^TopKRouter: k: expected 1 to 4"):
-        widen(dense("encoder"), E, k=5)
-    with pytest.raises(ValueError, match=r"^widen: model: .* or modules that name .* got a Linear with none of them"):
-        widen(nn.Linear(2, 2), E)
-    pytest.importorskip("transformers", minversion="5.0")
-    with pytest.raises(ValueError, match=r"^widen: bert.encoder.layer.0: expected chunk_size_feed_forward 0.*got 2"):
-        widen(dense("bert", chunk_size_feed_forward=2), E)
