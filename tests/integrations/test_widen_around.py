@@ -209,7 +209,18 @@ def test_compiled_with_checkpointing(reentrant: bool) -> None:
         assert_equal_gradients(gradients(model, again), expected)
 
 
-# Two processes
+# Several processes
+
+
+def test_what_is_distributed_already_is_refused(tmp_path: pathlib.Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.parallel.DistributedDataParallel(dense("encoder")))
+    finally:
+        torch.distributed.destroy_process_group()
+    with pytest.raises(ValueError, match=r"^widen: model: expected .* afterwards, .* got a Sequential that has it"):
+        widen(model, **OPTIONS)
+    assert not layers_of(model)
 
 
 def distributed_model() -> nn.Module:

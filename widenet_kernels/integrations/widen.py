@@ -109,7 +109,9 @@ def widen(
       itself the model's output is then another one than before.
     - The balance loss is collected from each forward of the model as a whole; calls of its parts do not count. If the
       model's output has a ``loss`` it is added to that, in evaluation too; otherwise add :func:`moe_losses` to yours.
-      Checkpointing counts nothing twice and changes no gradient.
+      So do where labels are kept from the model and the loss is made of its logits, as transformers' Trainer does with
+      label smoothing and with a ``compute_loss_func``. Checkpointing counts nothing twice and changes no gradient; only
+      around the model as a whole must it not be reentrant if :func:`moe_losses` is to have a gradient.
 
     Args:
         model: the model, or any module; widen the TransformerEncoder, not one of its layers.
@@ -138,6 +140,11 @@ def widen(
     for name in DECIDED:
         if name in options:
             raise ValueError(f"widen: {name}: expected none, since the dense networks decide it, got one")
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "widen: model: expected one to be given to DistributedDataParallel afterwards, for it does not see new "
+            f"parameters, got a {type(model).__name__} that has it already"
+        )
     places = chosen(model, modules, blocks)
     before = count(model)
     losses = BalanceLosses(aux_loss_weight, takes_labels(model) if loss_in_output is None else loss_in_output)
