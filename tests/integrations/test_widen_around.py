@@ -85,6 +85,16 @@ def test_a_part_after_reentrant_checkpointing_gets_its_own_gradient_alone() -> N
     assert_float64(got, expected)
 
 
+def test_a_loss_without_the_term_gets_no_gradient_of_an_earlier_one() -> None:
+    model = widened("encoder").train()
+    given = batch("encoder")
+    expected = gradients(model, model(**given).square().mean())
+    checkpointed(model, True)
+    given["x"].requires_grad_()
+    gradients(model, loss_of("encoder", model, given))
+    assert_equal_gradients(gradients(model, model(**given).square().mean()), expected)
+
+
 def test_networks_checkpointed_by_themselves() -> None:
     """The attention does not run again; the mask is that of its last call."""
     model = widened("encoder").train()

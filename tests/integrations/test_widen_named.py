@@ -78,6 +78,16 @@ def test_any_network_by_name(name: str) -> None:
     assert_float64(model(x), before(x))
 
 
+@pytest.mark.parametrize("trained", [(), ("w1",), ("w3",)], ids=["neither", "gate", "value"])
+def test_a_gated_network_trains_where_one_of_its_first_layers_did(trained: tuple[str, ...]) -> None:
+    model = nn.Sequential(Block(Gated(F.silu).requires_grad_(False)))
+    for name in trained:
+        getattr(model[0].mlp, name).requires_grad_(True)
+    widen(model, E, modules=["0.mlp"])
+    experts = dict(layers_of(model)[0].experts.named_parameters())
+    assert {name for name, p in experts.items() if p.requires_grad} == ({"w1", "b1"} if trained else set())
+
+
 def test_dropout_of_a_named_network() -> None:
     mlp = nn.Sequential(nn.Linear(D, FFN), nn.GELU(), nn.Dropout(0.1), nn.Linear(FFN, D), nn.Dropout(0.3))
     model = nn.Sequential(Block(mlp))
