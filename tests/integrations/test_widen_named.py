@@ -144,6 +144,11 @@ def test_a_network_of_another_form_is_refused(module: nn.Module) -> None:
         ({"modules": [""]}, r"modules: expected names of modules in the model, got ''"),
         ({"blocks": [3]}, r"blocks: expected indices of the 3 networks found, got \[3\]"),
         ({"blocks": []}, r"blocks: expected indices of the 3 networks found, got \[\]"),
+        ({"blocks": 1}, "blocks: expected a list of int, got 1"),
+        ({"modules": "mlp"}, "modules: expected a list of str, got 'mlp'"),
+        ({"num_experts": 0}, "num_experts: expected a number from 1 on, got 0"),
+        ({"num_experts": "4"}, "num_experts: expected a number from 1 on, got '4'"),
+        ({"aux_loss_weight": "a"}, "aux_loss_weight: expected a number, got 'a'"),
         ({"activation": "relu"}, r"activation: expected none, since the dense networks decide it, got one"),
         ({"experts": None}, r"experts: expected none"),
     ],
@@ -151,7 +156,7 @@ def test_a_network_of_another_form_is_refused(module: nn.Module) -> None:
 )
 def test_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=rf"^widen: {message}"):
-        widen(dense("encoder"), E, **options)
+        widen(dense("encoder"), **{"num_experts": E} | options)
 
 
 def test_errors_of_the_layer_and_of_bert() -> None:

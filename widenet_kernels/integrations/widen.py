@@ -137,9 +137,7 @@ def widen(
     Raises:
         ValueError: naming what was expected and what came; the model is then as it was.
     """
-    for name in DECIDED:
-        if name in options:
-            raise ValueError(f"widen: {name}: expected none, since the dense networks decide it, got one")
+    check_arguments(num_experts, modules, blocks, aux_loss_weight, options)
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "widen: model: expected one to be given to DistributedDataParallel afterwards, for it does not see new "
@@ -167,6 +165,21 @@ def widen(
         aux_loss_weight,
         losses.loss_in_output,
     )
+
+
+def check_arguments(num_experts: Any, modules: Any, blocks: Any, aux_loss_weight: Any, options: dict[str, Any]) -> None:
+    for name in DECIDED:
+        if name in options:
+            raise ValueError(f"widen: {name}: expected none, since the dense networks decide it, got one")
+    if not isinstance(num_experts, int) or num_experts < 1:
+        raise ValueError(f"widen: num_experts: expected a number from 1 on, got {num_experts!r}")
+    for name, value, kind in (("modules", modules, str), ("blocks", blocks, int)):
+        if value is None:
+            continue
+        if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, kind) for v in value):
+            raise ValueError(f"widen: {name}: expected a list of {kind.__name__}, got {value!r}")
+    if not isinstance(aux_loss_weight, int | float):
+        raise ValueError(f"widen: aux_loss_weight: expected a number, got {aux_loss_weight!r}")
 
 
 def chosen(model: nn.Module, modules: Sequence[str] | None, blocks: Sequence[int] | None) -> list[Place]:
