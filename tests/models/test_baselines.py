@@ -245,6 +245,7 @@ def test_loss_and_gradients_against_the_literal_model(options: dict) -> None:
 def test_overfits_a_handful_of_images(options: dict) -> None:
     images, labels = samples()
     output = overfit(tiny(**options | STILL), (images,), labels=labels)
+    assert output.loss - 0.01 * output.aux_loss < 0.1
     assert torch.equal(output.logits.argmax(dim=1), labels)
 
 
@@ -253,6 +254,7 @@ def test_overfits_a_handful_of_texts(options: dict) -> None:
     labels = torch.arange(5) % 3
     model = tiny_text(WideNetForSequenceClassification, **options | STILL)
     output = overfit(model, texts(), steps=60, labels=labels)
+    assert output.loss - 0.01 * output.aux_loss < 0.1
     assert torch.equal(output.logits.argmax(dim=1), labels)
 
 

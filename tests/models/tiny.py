@@ -104,15 +104,13 @@ def as_lists(batch: Texts) -> dict[str, object]:
 
 
 def overfit(model: nn.Module, inputs: tuple, steps: int = 40, **targets: Tensor) -> NamedTuple:
-    """What the model says of the same batch after some steps on it; the loss but for the balance is then near 0."""
+    """What the model says of a batch, in evaluation, after some steps on it."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
         model(*inputs, **targets).loss.backward()
         optimizer.step()
-    output = model.eval()(*inputs, **targets)
-    assert output.loss - 0.01 * output.aux_loss < 0.1
-    return output
+    return model.eval()(*inputs, **targets)
 
 
 def away_from_the_start(model: nn.Module, by: float = 0.3) -> nn.Module:
