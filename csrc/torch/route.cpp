@@ -11,31 +11,42 @@ constexpr int64_t kGrainColumns = 64;
 
 using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Torch's GEMM, as the out= form: autocast leaves that one alone.
+// Torch's GEMM, as the out= form: autocast leaves that one alone. 16-bit operands may have an fp32 result.
 void mm_out(const char* op, const Tensor& out, const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  call_torch(op, "aten::mm", "out", stack.data());
-  torch::stable::detail::to<Tensor>(stack[0]);  // out again, which is owned here now
+  using torch::stable::detail::from;
+  if (out.scalar_type() == a.scalar_type()) {
+    std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+    call_torch(op, "aten::mm", "out", stack.data());
+    torch::stable::detail::to<Tensor>(stack[0]);  // out again, which is owned here now
+  } else {
+    std::array<StableIValue, 4> stack{from(a), from(b), from(out.scalar_type()), from(out)};
+    call_torch(op, "aten::mm", "dtype_out", stack.data());
+    torch::stable::detail::to<Tensor>(stack[0]);
+  }
 }
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 
-void find_logits(const Tensor& x, const Tensor& router_weight, const Tensor& logits) {
-  if (on_gpu(x)) return mm_out("route", logits, to_contiguous(x, logits.scalar_type()), transposed(router_weight));
+// On a GPU the tensor cores multiply 16-bit x and router_weight: such products are exact in fp32, where they are summed.
+void find_logits(const Tensor& x, const Tensor& router_weight_in, const Tensor& logits) {
+  const ScalarType math = logits.scalar_type();
+  if (on_gpu(x)) {
+    const bool as_they_are = x.scalar_type() == router_weight_in.scalar_type();
+    const ScalarType dtype = as_they_are ? x.scalar_type() : math;
+    return mm_out("route", logits, to_contiguous(x, dtype), transposed(to_contiguous(router_weight_in, dtype)));
+  }
+  const Tensor router_weight = to_contiguous(router_weight_in, math);
   const RouteArgs args{
       dtype_of(x),           dtype_of(logits),         data(x), data(router_weight), router_weight.size(0),
       router_weight.size(1), logits.mutable_data_ptr()};
   parallel_for(x.size(0), kGrainTokens, [&](int64_t begin, int64_t end) { kernels().route(args, begin, end); });
 }
 
-Routed route(Tensor x_in, Tensor router_weight_in, int64_t k, std::optional<int64_t> capacity, OptionalTensor noise,
+Routed route(Tensor x_in, Tensor router_weight, int64_t k, std::optional<int64_t> capacity, OptionalTensor noise,
              bool normalize, std::string priority, OptionalTensor mask) {
   const Tensor x = to_contiguous(x_in);
-  const ScalarType math = math_type(x, router_weight_in);
-  const Tensor router_weight = to_contiguous(router_weight_in, math);
   const int64_t num_experts = router_weight.size(0);
-  const Tensor logits = empty_tensor(x, {x.size(0), num_experts}, math);
+  const Tensor logits = empty_tensor(x, {x.size(0), num_experts}, math_type(x, router_weight));
   find_logits(x, router_weight, logits);
   const Gate gate = gate_tokens(logits, noise, mask, k, normalize);
   OptionalTensor score;
