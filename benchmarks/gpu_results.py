@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "results.json"
-MEASURED = ("table", "products", "sweeps")  # bench's files
+MEASURED = ("table", "stages", "products", "sweeps")  # bench's files
 VERDICTS = ("smoke", "graph")  # a verdict for each case
 
 

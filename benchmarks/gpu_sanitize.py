@@ -1,4 +1,4 @@
-"""Every op of every GPU backend, forward and backward, on a few inputs, held against float64 on the CPU.
+"""Every op of every GPU backend, forward and backward, on a few inputs, held against the reference in float64.
 
     python -m widenet_kernels.benchmarks.gpu_sanitize                    # small: for compute-sanitizer to watch
     python -m widenet_kernels.benchmarks.gpu_sanitize --large --jobs 8   # real tile sizes too: a first look
@@ -137,8 +137,8 @@ def accumulated(
 def errors(case: Case, device: str) -> dict[str, float]:
     """How far each result is off, stage by stage; NaN, wrong shapes and wrong integers count as infinitely far."""
     results = run(case, device, exact=False)
-    exact = run(case._replace(backend="reference"), "cpu", exact=True)
-    return {name: off(results[name].detach().cpu().double(), truth.detach()) for name, truth in exact.items()}
+    exact = run(case._replace(backend="reference"), device, exact=True)
+    return {name: off(results[name].detach().double(), truth.detach()) for name, truth in exact.items()}
 
 
 def off(out: Tensor, truth: Tensor) -> float:

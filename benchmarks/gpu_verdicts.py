@@ -52,6 +52,7 @@ def verdicts(check: Check, cases: Sequence[Any], device: str, jobs: int) -> Iter
     if jobs == 1:
         yield from (verdict(check, case, device) for case in cases)
         return
+    multiprocessing.set_forkserver_preload([check.__module__])  # so that torch is imported once
     with ThreadPoolExecutor(jobs) as threads:
         yield from threads.map(functools.partial(verdict_apart, check, device=device), cases)
 
@@ -59,7 +60,8 @@ def verdicts(check: Check, cases: Sequence[Any], device: str, jobs: int) -> Iter
 def verdict_apart(check: Check, case: Any, device: str) -> Verdict:
     """From a process of its own: a kernel that breaks its CUDA context, or the process, spoils no other case."""
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("forkserver")
+        with ProcessPoolExecutor(1, context, torch.set_num_threads, (1,)) as pool:  # the others need the CPUs too
             return pool.submit(verdict, check, case, device).result()
     except BrokenExecutor as failure:
         return {"case": str(case), "good": False, "verdict": f"its process died: {failure}"}

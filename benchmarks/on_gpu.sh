@@ -2,10 +2,12 @@
 # Everything that needs a GPU, in one command of under 9 minutes, with no network:
 #
 #     benchmarks/on_gpu.sh OUTDIR
+#     benchmarks/on_gpu.sh OUTDIR STAGE...     # these alone, beside what OUTDIR has; without install, of the package
+#                                              # that PYTHON finds
 #
-# OUTDIR gets at most 6 files, each complete up to the last finished step whenever the script is stopped:
+# OUTDIR gets at most 7 files, each complete up to the last finished step whenever the script is stopped:
 #   results.json   the verdicts of smoke and graph, every stage's status
-#   table.json, products.json, sweeps.json   what python -m widenet_kernels bench measured
+#   table.json, stages.json, products.json, sweeps.json   what python -m widenet_kernels bench measured
 #   summary.txt    all of it as a table, also printed last
 #   run.log        what every stage printed, and python -m widenet_kernels info
 #
@@ -15,14 +17,17 @@
 #   install         70  pip install of this checkout, into a temporary folder; CUDA kernels for this device alone
 #   install-pure    12  only if that failed: without compiled kernels
 #   smoke           50  every op of every backend, forward and backward, against float64
+#   compile         30  Triton's kernels for what is measured, side by side
+#   table           60  bench --shape gpu: the layer and its peers; it prints what there is when its time is up
+#   products        45  bench: each product alone against a dense one, gradients alone, gate and plan many in one graph
+#   stages          45  bench: the stages of the layer
 #   graph           30  the whole layer as a CUDA graph, replayed on new data, against eager calls
-#   table           75  bench --shape gpu: the layer and its stages; it prints what there is when its time is up
-#   products        55  bench: each product alone against a dense one, gradients alone, gate and plan many in one graph
 #   tests          105  pytest -m gpu in many processes, the contract of tests/conformance first
-#   sweeps          43  bench: tile sizes for every form of GEMM
+#   sweeps          60  bench: tile sizes for every form of GEMM
 #   memcheck        35  compute-sanitizer over a small set
 #   racecheck       20  the same for races, if memcheck could run
-#                  495  + 10 x 3 s; whatever happens, no stage runs past second 525
+#
+# Whatever happens, no stage runs past second 525.
 #
 # A status is ok, failed (exit code), timed out, not there (a tool is missing), refused (the sanitizer cannot watch
 # this device) or no time. PYTHON names the Python that has torch (python3 otherwise); WIDENET_COMMIT the commit, where
@@ -38,8 +43,8 @@ if [ "${1:-}" = --cpu-smoke ]; then
   smoke=(--cpu-smoke)
   shift
 fi
-if [ $# -ne 1 ]; then
-  echo "usage: benchmarks/on_gpu.sh [--cpu-smoke] OUTDIR" >&2
+if [ $# -eq 0 ]; then
+  echo "usage: benchmarks/on_gpu.sh [--cpu-smoke] OUTDIR [STAGE...]" >&2
   exit 64
 fi
 
@@ -58,11 +63,13 @@ fi
 
 mkdir -p "$1" || exit 1
 out=$(cd "$1" && pwd)
+shift
+wanted=" $* "
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work" "$out"/.*.partial' EXIT
 results=$out/results.json
 log=$out/run.log
-rm -f "$out"/{results.json,table.json,products.json,sweeps.json,summary.txt,run.log}
+if [ "$wanted" = "  " ]; then rm -f "$out"/{results,table,stages,products,sweeps}.json "$out"/{summary.txt,run.log}; fi
 export PYTHONUNBUFFERED=1
 export PATH=$PATH:/usr/local/cuda/bin # nvcc and compute-sanitizer, where a toolkit is not on it already
 export WIDENET_COMMIT=${WIDENET_COMMIT:-$(git -C "$root" rev-parse HEAD 2>/dev/null)}
@@ -78,10 +85,13 @@ refused() { # FROM: what a sanitizer that cannot watch this device says
   tail -c "+$(($1 + 1))" "$log" | grep -qiE 'device not supported|error 999|LibraryNotLoaded|not supported on (this|the) '
 }
 
-status= # of the last stage
+is_wanted() { [[ $wanted = "  " || $wanted = *" $1 "* ]]; }
+
+status= # of the last stage that was wanted
 stage() { # NAME LIMIT COMMAND...
   local name=$1 limit=$2 started=$SECONDS from code
   shift 2
+  if ! is_wanted "$name"; then return; fi
   if [ $((end - grace - SECONDS)) -lt "$limit" ]; then limit=$((end - grace - SECONDS)); fi
   if [ "$limit" -lt 5 ]; then
     status="no time"
@@ -103,6 +113,7 @@ stage() { # NAME LIMIT COMMAND...
 }
 
 absent() { # NAME LIMIT
+  if ! is_wanted "$1"; then return; fi
   status="not there"
   report "$1" "$status" 0 "$2"
 }
@@ -119,7 +130,6 @@ versions() { # of what the installation uses, found as setup.py finds it
 }
 
 install() { # into the temporary folder: the machine's Python stays as it is
-  versions >"$log" 2>&1
   local pip=("$python" -m pip --disable-pip-version-check install --no-index --no-build-isolation --no-deps)
   stage install 70 env WIDENET_CUDA=ON "${pip[@]}" --target "$work/site" "$root"
   if [ "$status" != ok ]; then
@@ -132,26 +142,22 @@ install() { # into the temporary folder: the machine's Python stays as it is
     cp -r "$root/benchmarks" "$work/site/widenet_kernels"
   fi
   export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
-  timeout 20 "$python" -m widenet_kernels info >>"$log" 2>&1 # which backends serve what, and why others do not
 }
 
-compiled_bench() { # PYTHON BENCHES SHAPES OPTIONS...: called once side by side first, which compiles the kernels
-  local python=$1 benches=$2 shapes=$3 bench shape
-  shift 3
-  for bench in $benches; do
-    for shape in $shapes; do
+compile() { # BENCHES SHAPES: side by side, so that no bench waits for its kernels
+  local bench shape
+  for bench in $1; do
+    for shape in $2; do
       timeout --foreground 25 "$python" -m widenet_kernels bench --device cuda --bench "$bench" --shape "$shape" --patience 0 &
     done
   done >/dev/null 2>&1
   wait
-  exec "$python" -m widenet_kernels bench --device cuda "$@"
 }
 
-bench() { # NAME LIMIT BENCHES SHAPES OPTIONS...: into NAME.json
+bench() { # NAME LIMIT OPTIONS...: into NAME.json
   local name=$1 limit=$2
   shift 2
-  stage "$name" "$limit" bash -c "$(declare -f compiled_bench); compiled_bench \"\$@\"" "$name" \
-    "$python" "$@" --json "$out/$name.json"
+  stage "$name" "$limit" "$python" -m widenet_kernels bench --device cuda "$@" --json "$out/$name.json"
 }
 
 run_tests() {
@@ -193,15 +199,19 @@ if [ ${#smoke[@]} -gt 0 ]; then
   stage racecheck 5 bash -c 'echo Device not supported; exit 1'
   absent memcheck 40
 else
-  install
-  stage smoke 50 "$python" -m "$benchmarks.gpu_sanitize" --large --jobs 8 --json "$results"
-  stage graph 30 "$python" -m "$benchmarks.gpu_graph" --jobs 8 --json "$results"
-  bench table 75 layer "widenet-b-256 mixtral fine-grained small" --shape gpu --seconds 0.5
+  versions >>"$log" 2>&1
+  if is_wanted install; then install; fi
+  timeout 20 "$python" -m widenet_kernels info >>"$log" 2>&1 # which backends serve what, and why others do not
   shapes="widenet-b-256 mixtral fine-grained"
-  bench products 55 products "$shapes" --bench products backward launches --shape $shapes --seconds 0.3
+  tiles="tiles-first tiles-second tiles-grad_rows tiles-grad_hidden tiles-weight_1 tiles-weight_2"
+  stage smoke 50 "$python" -m "$benchmarks.gpu_sanitize" --large --jobs 8 --json "$results"
+  stage compile 30 bash -c "python=$python; $(declare -f compile); compile 'layer products' '$shapes small'"
+  bench table 60 --bench ceilings layer --shape gpu --seconds 0.5
+  bench products 45 --bench products backward launches --shape $shapes --seconds 0.3
+  bench stages 45 --bench gate plan route permute grouped_gemm combine --shape $shapes --seconds 0.3
+  stage graph 30 "$python" -m "$benchmarks.gpu_graph" --jobs 8 --json "$results"
   run_tests
-  tiles="tiles-first tiles-second tiles-grad_rows tiles-hidden tiles-weight_1 tiles-weight_2"
-  bench sweeps 43 "$tiles" "$shapes" --bench $tiles --shape $shapes --seconds 0.3
+  bench sweeps 60 --bench $tiles --shape $shapes --seconds 0.3
   sanitize
 fi
 "$python" -m "$benchmarks.gpu_results" summary "$out" | tee "$out/summary.txt"
