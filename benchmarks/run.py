@@ -29,7 +29,7 @@ ONCE: Mapping[str, Sections] = {  # whatever the shape
     "host": host.sections,
     "transformers": transformer.sections,
 }
-PRODUCTS = ("first", "second", "grad_rows", "hidden", "weight_1", "weight_2")  # of a layer, forward and backward
+PRODUCTS = ("first", "second", "grad_rows", "grad_hidden", "weight_1", "weight_2")  # of a layer, forward and backward
 
 
 def tiles(product: str, inputs: Inputs) -> Iterator[Section]:

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from widenet_kernels.triton import grouped_gemm, moe, tiles
+from widenet_kernels.triton import grouped_gemm, tiles
 from widenet_kernels.triton.tiles import Problem, Tile
 
 from .agreement import relative_error, tensors
@@ -21,71 +21,58 @@ from .timing import Call, Contender
 
 CANDIDATES = {
     "rows": (
-        Tile(128, 256, 64, 8, 3),
+        Tile(128, 256, 64, 8, 3, described=True),
+        Tile(128, 256, 64, 8, 4, described=True),
+        Tile(128, 256, 64, 8, 4, 4, described=True),
+        Tile(128, 256, 64, 8, 4, 16, described=True),
+        Tile(256, 128, 64, 8, 4, described=True),
+        Tile(128, 128, 64, 8, 3, described=True, registers=128),
+        Tile(128, 128, 64, 8, 2, described=True, registers=128),
+        Tile(128, 128, 64, 4, 3, described=True),
+        Tile(64, 256, 64, 4, 2, described=True),
         Tile(128, 256, 64, 8, 4),
-        Tile(128, 256, 64, 8, 3, 16),
-        Tile(128, 256, 64, 8, 3, 4),
-        Tile(256, 128, 64, 8, 3),
-        Tile(256, 128, 64, 8, 4),
-        Tile(128, 128, 64, 8, 4),
-        Tile(128, 128, 64, 4, 4),
-        Tile(128, 128, 128, 8, 2),
-        Tile(64, 256, 64, 4, 4),
+    ),
+    "activated": (
+        Tile(128, 128, 64, 8, 3, described=True),
+        Tile(128, 128, 64, 8, 3, described=True, registers=128),
+        Tile(128, 128, 64, 8, 3, 16, described=True, registers=128),
+        Tile(128, 128, 64, 8, 2, described=True, registers=128),
+        Tile(128, 128, 32, 8, 4, described=True, registers=128),
+        Tile(128, 64, 64, 4, 3, described=True),
+        Tile(128, 256, 64, 8, 3, described=True),
+        Tile(128, 256, 64, 8, 4, described=True),
+        Tile(256, 128, 64, 8, 3, described=True),
+        Tile(256, 128, 64, 8, 4, described=True),
+        Tile(128, 128, 64, 8, 3),
     ),
     "glu": (
-        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 64, 8, 3, described=True),
+        Tile(128, 128, 64, 8, 4, described=True),
+        Tile(128, 128, 64, 8, 4, 4, described=True),
+        Tile(128, 128, 64, 8, 4, 16, described=True),
+        Tile(256, 64, 64, 8, 4, described=True),
+        Tile(128, 64, 64, 4, 3, described=True),
+        Tile(128, 64, 64, 8, 3, described=True, registers=128),
+        Tile(64, 128, 64, 4, 3, described=True),
         Tile(128, 128, 64, 8, 4),
-        Tile(128, 128, 64, 8, 3, 16),
-        Tile(128, 128, 64, 8, 3, 4),
-        Tile(256, 64, 64, 8, 3),
-        Tile(128, 128, 128, 8, 2),
-        Tile(128, 64, 64, 4, 4),
-        Tile(128, 64, 64, 8, 4),
-        Tile(64, 128, 64, 4, 4),
     ),
-    "hidden": (
-        Tile(128, 128, 64, 8, 3),
-        Tile(128, 128, 64, 8, 4),
-        Tile(128, 128, 64, 8, 3, 16),
+    "weight": (
+        Tile(128, 256, 64, 8, 3, described=True),
+        Tile(128, 256, 64, 8, 4, described=True),
+        Tile(128, 256, 64, 8, 4, 4, described=True),
+        Tile(128, 256, 64, 8, 4, 16, described=True),
+        Tile(256, 128, 64, 8, 3, described=True),
+        Tile(256, 128, 64, 8, 4, described=True),
+        Tile(128, 128, 64, 8, 3, described=True, registers=128),
+        Tile(128, 128, 64, 8, 4, described=True),
+        Tile(128, 128, 64, 4, 3, described=True),
         Tile(128, 256, 64, 8, 3),
-        Tile(256, 128, 64, 8, 3),
-        Tile(128, 128, 128, 8, 2),
-        Tile(128, 128, 64, 4, 3),
-        Tile(128, 64, 64, 4, 4),
-        Tile(64, 128, 64, 4, 4),
-    ),
-    "hidden_glu": (
-        Tile(128, 64, 64, 8, 3),
-        Tile(128, 64, 64, 8, 4),
-        Tile(128, 64, 64, 4, 4),
         Tile(128, 128, 64, 8, 3),
-        Tile(64, 128, 64, 8, 4),
-        Tile(128, 64, 128, 8, 2),
-    ),
-    "weight_gathered": (
-        Tile(128, 256, 64, 8, 3),
-        Tile(128, 256, 64, 8, 5),
-        Tile(128, 256, 64, 8, 5, 16),
-        Tile(128, 256, 64, 8, 5, 4),
-        Tile(256, 128, 64, 8, 3),
-        Tile(256, 128, 64, 8, 5),
-        Tile(128, 256, 32, 8, 7),
-        Tile(128, 128, 64, 8, 7),
-        Tile(128, 128, 64, 4, 5),
-        Tile(128, 128, 128, 8, 3),
     ),
 }
-DESCRIBED = (  # more of form "rows", where nothing is gathered
-    Tile(128, 256, 64, 8, 3, described=True),
-    Tile(128, 256, 64, 8, 4, described=True),
-    Tile(128, 256, 64, 8, 4, 16, described=True),
-    Tile(256, 128, 64, 8, 4, described=True),
-    Tile(128, 128, 64, 4, 4, described=True),
-    Tile(128, 128, 128, 8, 3, described=True),
-)
 FEWER = {  # by importance, where there is no time for every product
-    MIXTRAL.name: ("first", "second", "hidden", "weight_1"),
-    FINE_GRAINED.name: ("first",),
+    MIXTRAL.name: ("first", "second", "weight_1"),
+    FINE_GRAINED.name: ("first", "second", "grad_hidden", "weight_1"),
 }
 
 
@@ -128,10 +115,9 @@ class Products:
         return self.inputs.normal(self.plan.num_rows, columns)
 
     def first(self) -> Call:
-        case, (w1, b1) = self.case, (self.experts["w1"], self.experts["b1"])
-        gather: dict[str, Any] = {"gather": self.plan.row_choice, "k": case.K, "save": True}
+        rows, (w1, b1) = self.random(self.case.D), (self.experts["w1"], self.experts["b1"])
         places = (*self.places, self.plan.num_rows)
-        return lambda: grouped_gemm.multiply(self.inputs.x, w1, b1, *places, case.activation, **gather)
+        return lambda: grouped_gemm.multiply(rows, w1, b1, *places, self.case.activation, save=True)
 
     def second(self) -> Call:
         hidden, (w2, b2) = self.random(self.case.F), (self.experts["w2"], self.experts["b2"])
@@ -141,27 +127,21 @@ class Products:
         dz, w1 = self.random(self.case.width), self.experts["w1"].transpose(1, 2)
         return lambda: grouped_gemm.multiply(dz, w1, None, *self.places, self.plan.num_rows)
 
-    def hidden(self) -> Call:
-        case, z, grad = self.case, self.random(self.case.width), self.inputs.normal(self.case.T, self.case.D)
-        weight, w2 = self.inputs.gate.weight, self.experts["w2"]
-        wanted = (True, True, True, case.bias)
-        return lambda: moe.hidden_backward(
-            grad, weight, self.plan.row_choice, *self.places, z, w2, case.activation, *wanted
-        )[:2]
+    def grad_hidden(self) -> Call:
+        dy, w2 = self.random(self.case.D), self.experts["w2"].transpose(1, 2)
+        return lambda: grouped_gemm.multiply(dy, w2, None, *self.places, self.plan.num_rows)
 
     def weight_1(self) -> Call:
-        dz = self.random(self.case.width)
-        return self._weight(self.inputs.x, dz, torch.empty_like(self.experts["w1"]), gather="a")
+        return self._weight(self.random(self.case.D), self.random(self.case.width), "w1")
 
     def weight_2(self) -> Call:
-        hidden, grad = self.random(self.case.F), self.inputs.normal(self.case.T, self.case.D)
-        return self._weight(hidden, grad, torch.empty_like(self.experts["w2"]), gather="b")
+        return self._weight(self.random(self.case.F), self.random(self.case.D), "w2")
 
-    def _weight(self, a: Tensor, b: Tensor, out: Tensor, **gather: Any) -> Callable[[], Tensor]:
-        gather |= {"row_choice": self.plan.row_choice, "k": self.case.K}
+    def _weight(self, a: Tensor, b: Tensor, name: str) -> Callable[[], Tensor]:
+        out = torch.empty_like(self.experts[name])
 
         def call() -> Tensor:
-            grouped_gemm.weight_gradient(a, b, out, *self.places, self.plan.num_rows, **gather)
+            grouped_gemm.weight_gradient(a, b, out, *self.places, self.plan.num_rows)
             return out
 
         return call
@@ -172,7 +152,7 @@ def sections(product: str, inputs: Inputs) -> Iterator[Section]:
     if product not in FEWER.get(inputs.case.name, (product,)):
         return
     one_pass, choice = "forward" if product in ("first", "second") else "backward", Choice()
-    with patch.object(grouped_gemm, "choose_tile", choice), patch.object(moe, "choose_tile", choice):
+    with patch.object(grouped_gemm, "choose_tile", choice):
         found = contenders(Products(inputs), product, choice)
         yield Section(f"tiles-{product}", inputs.case, one_pass, found, found[0].name)
 
@@ -190,12 +170,11 @@ def contenders(products: Products, product: str, choice: Choice) -> list[Contend
     truth = [t.clone() for t in compared(call())]
     form, default = choice.last
     options: dict[str, Any] = {"flops": products.flops(product), "graph": False}
-    candidates = CANDIDATES[form] + (DESCRIBED if product in ("second", "grad_rows") else ())
     return [
         Contender(f"default {default}", "ours", lambda: call, **options),
         *(
             Contender(str(tile), "ours", functools.partial(choice.with_tile, tile, call), error, **options)
-            for tile in candidates
+            for tile in CANDIDATES[form]
             if tile != default
         ),
     ]

@@ -3,18 +3,79 @@
 The gated ones act on the two halves of z [R, 2F]: act(gate half) * value half.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from widenet_kernels.routing import GATED
-from widenet_kernels.triton.tiles import find_rows, sum_dtype
+from widenet_kernels.triton.tiles import INTERPRETED, find_rows, load_row_weight, sum_dtype
 
+SLOT = 64  # rows of one expert whose column sums are one partial sum
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # of the normal distribution: 1 / sqrt(2 pi)
+NEGATIVE_LOG2_E = tl.constexpr(-1.4426950408889634)
 TANH_SCALE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi): 0.5 (1 + tanh(u)) is sigmoid(2u)
 TANH_CUBIC = tl.constexpr(0.044715)
+
+
+def constants(activation: str, dtype: torch.dtype) -> dict[str, Any]:
+    """ACTIVATION and GLU of a kernel whose results are of this dtype."""
+    name = GATED.get(activation, activation)
+    short = name == "gelu" and dtype.itemsize == 2
+    return {"ACTIVATION": "short_gelu" if short else name, "GLU": activation in GATED}
+
+
+@triton.jit
+def exp2(x):
+    """2^x; of fp32 without subnormal results, which would take three instructions more."""
+    if INTERPRETED or x.dtype == tl.float64:
+        y = tl.exp2(x)
+    else:
+        y = libdevice.exp2(x)
+    return y
+
+
+@triton.jit
+def inverse(x):
+    """1 / x of moderate x, by the fast division where there is one."""
+    if INTERPRETED or x.dtype == tl.float64:
+        y = 1.0 / x
+    else:
+        y = libdevice.fast_dividef(1.0, x)
+    return y
+
+
+@triton.jit
+def sigmoid(x):
+    return inverse(1.0 + exp2(x * NEGATIVE_LOG2_E))
+
+
+@triton.jit
+def bell(z):
+    """exp(-z^2 / 2)"""
+    return exp2(z * z * (0.5 * NEGATIVE_LOG2_E))
+
+
+@triton.jit
+def short_normal_cdf(z):
+    """The normal distribution's, 6e-6 of the tail beyond abs(z) off: a hundredth of what rounding to 16 bits is.
+
+    The tail is a polynomial in t = 1 / (1 + p abs(z)) times exp(-z^2 / 2), the form of Abramowitz and Stegun 7.1.26,
+    its coefficients fitted to the least relative error. It takes a third of erf's instructions, and its exponential is
+    the derivative's too.
+    """
+    t = inverse(1.0 + 0.31 * tl.abs(z))
+    tail = 0.180453674027 - 0.0739304965363 * t
+    tail = 0.0157419178486 + tail * t
+    tail = 0.1334306350758 + tail * t
+    tail = 0.1204412627476 + tail * t
+    tail = 0.1238606801467 + tail * t
+    tail = tail * t * bell(z)
+    return tl.where(z < 0.0, tail, 1.0 - tail)
 
 
 @triton.jit
@@ -22,12 +83,14 @@ def activate(z, NAME: tl.constexpr):
     """act(z); an empty name is the identity."""
     if NAME == "gelu":
         return z * (0.5 * (1.0 + tl.erf(z * SQRT_HALF)))
+    elif NAME == "short_gelu":
+        return z * short_normal_cdf(z)
     elif NAME == "gelu_tanh":
-        return z * tl.sigmoid((z + z * z * z * TANH_CUBIC) * TANH_SCALE)
+        return z * sigmoid((z + z * z * z * TANH_CUBIC) * TANH_SCALE)
     elif NAME == "relu":
         return tl.where(z <= 0.0, 0.0, z)  # NaN stays NaN
     elif NAME == "silu":
-        return z * tl.sigmoid(z)
+        return z * sigmoid(z)
     else:
         return z
 
@@ -37,13 +100,15 @@ def derivative(z, NAME: tl.constexpr):
     """act'(z)"""
     if NAME == "gelu":
         return 0.5 * (1.0 + tl.erf(z * SQRT_HALF)) + z * tl.exp(-0.5 * z * z) * DENSITY_AT_0
+    elif NAME == "short_gelu":
+        return short_normal_cdf(z) + z * bell(z) * DENSITY_AT_0
     elif NAME == "gelu_tanh":
-        s = tl.sigmoid((z + z * z * z * TANH_CUBIC) * TANH_SCALE)
+        s = sigmoid((z + z * z * z * TANH_CUBIC) * TANH_SCALE)
         return s + z * s * (1.0 - s) * (1.0 + z * z * (3.0 * TANH_CUBIC)) * TANH_SCALE
     elif NAME == "relu":
         return tl.where(z > 0.0, 1.0, 0.0).to(z.dtype)
     else:
-        s = tl.sigmoid(z)
+        s = sigmoid(z)
         return s * (1.0 + z * (1.0 - s))
 
 
@@ -72,70 +137,114 @@ def store_gradient(dz, dz_ptr, offset, partial_ptr, partial_offset, mask, column
 # ------------------------------------------------------------------------------------------------ elementwise backward
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_choices"])
 def _activation_backward_kernel(
-    grad_ptr, grad_stride_row, grad_stride_n,  # [R, F]
-    z_ptr, dz_ptr,  # [R, F], [R, 2F] when gated, contiguous; None without an activation
-    partial_ptr,  # [slots, F or 2F], or None: the column sums of each slot
-    expert_begin_ptr, expert_count_ptr, num_rows, F,
-    E: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr, SUM: tl.constexpr,
+    grad_ptr, grad_stride_row, grad_stride_n,  # [R, F]: d act(z) before the gate weight; None if scaled alone is wanted
+    z_ptr,  # [R, F], [R, 2F] when gated, contiguous; None without an activation
+    weight_ptr, weight_stride_t, weight_stride_k, row_choice_ptr,  # [T, K] and [R], or both None: weights of 1
+    dz_ptr, scaled_ptr,  # like z, and [R, F], which may be grad: weight * act(z); each may be None
+    dot_ptr, partial_ptr,  # [tiles, R] and [slots, F or 2F]; each may be None
+    expert_begin_ptr, expert_count_ptr, num_rows, num_choices, F,
+    E: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr, SUM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.program_id(0)
+    """d z and its column sums, weight * act(z), <d act(z), act(z)> over the tile's columns: all of one pass."""
+    slot, tile = tl.program_id(0), tl.program_id(1)
     _, first_row, served, _ = find_rows(slot, expert_begin_ptr, expert_count_ptr, num_rows, E, BLOCK_M)
     if first_row >= served:
         return
     rows = first_row + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     mask = (rows < served)[:, None] & (column < F)[None, :]
-    grad_ptrs = grad_ptr + rows[:, None] * grad_stride_row + column[None, :] * grad_stride_n
-    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(SUM)
     width = 2 * F if GLU else F
     offset = rows[:, None] * width + column[None, :]
+    grad = tl.zeros((BLOCK_M, BLOCK_N), SUM)
+    if grad_ptr is not None:
+        grad_ptrs = grad_ptr + rows[:, None] * grad_stride_row + column[None, :] * grad_stride_n
+        grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(SUM)
     z, v = grad, grad
     if ACTIVATION != "":
         z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(SUM)
     if GLU:
         v = tl.load(z_ptr + offset + F, mask=mask, other=0.0).to(SUM)
+
+    if weight_ptr is not None:
+        _, weight = load_row_weight(
+            weight_ptr, weight_stride_t, weight_stride_k, row_choice_ptr, rows, served, num_choices, K
+        )
+        weight = weight.to(SUM)[:, None]
+        a = activate(z, ACTIVATION)
+        if GLU:
+            a *= v
+        if dot_ptr is not None:
+            dots = tl.sum(tl.where(mask, grad * a, 0.0), axis=1)
+            tl.store(dot_ptr + tile.to(tl.int64) * num_rows + rows, dots, mask=rows < served)
+        if scaled_ptr is not None:
+            tl.debug_barrier()  # all of grad that lies in the place of scaled has been read
+            scaled = (weight * a).to(scaled_ptr.dtype.element_ty)
+            tl.store(scaled_ptr + rows[:, None] * F + column[None, :], scaled, mask=mask)
+        grad *= weight
     dz, dv = activation_gradient(grad, z, v, ACTIVATION, GLU)
     store_gradient(dz, dz_ptr, offset, partial_ptr, slot.to(tl.int64) * width + column, mask, column < F)
     if GLU:
         store_gradient(dv, dz_ptr, offset + F, partial_ptr, slot.to(tl.int64) * width + column + F, mask, column < F)
 
 
+class RowWeights(NamedTuple):
+    """The gate weight of each row: weight [T, K] at the row's choice, row_choice [R]."""
+
+    weight: Tensor
+    row_choice: Tensor
+
+
+class Gradient(NamedTuple):
+    """What the pass back through an activation leaves; None where it was not wanted."""
+
+    dz: Tensor | None  # [R, F or 2F], like z
+    partial: Tensor | None  # [slots, F or 2F]: column sums of d z, the parts of d bias
+    scaled: Tensor | None = None  # [R, F]: weight * act(z), what the next layer's weight gradient multiplies
+    dots: Tensor | None = None  # [tiles, R]: <d act(z), act(z)> over each tile's columns, the parts of d weight
+
+
 def activation_backward(
-    grad: Tensor,
+    grad: Tensor | None,
     z: Tensor,
     expert_begin: Tensor,
     expert_count: Tensor,
     activation: str,
     need_z: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor]:
-    """d z [R, N], unwritten in unused rows, and d bias [E, N], from d act(z) [R, F]; of no elements where not needed.
+    weights: RowWeights | None = None,
+    need_scaled: bool = False,
+    need_weight: bool = False,
+) -> Gradient:
+    """From grad [R, F], d act(z) before the gate weight; ``scaled`` takes its place. Unused rows are unwritten.
 
-    Without an activation d z is the gradient itself.
+    Without an activation d z is the gradient itself, and z is not read.
     """
-    num_rows, hidden = grad.shape
-    num_experts, width = expert_begin.shape[0], 2 * hidden if activation in GATED else hidden
-    need_z = need_z and activation != ""
-    dz = grad.new_empty(num_rows if need_z else 0, width)
-    block_m, block_n = 32, 128
-    partial = None
-    if need_bias:
-        partial = new_partial(grad, num_rows, num_experts, width, block_m)
-    if dz.numel() or (partial is not None and partial.numel()):
-        num_slots = num_rows // block_m + num_experts
-        _activation_backward_kernel[num_slots, triton.cdiv(hidden, block_n)](
-            grad, *grad.stride(), z if activation else None, dz if need_z else None, partial,
-            expert_begin, expert_count, num_rows, hidden,
-            E=num_experts, ACTIVATION=GATED.get(activation, activation), GLU=activation in GATED,
-            SUM=sum_dtype(grad), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+    like = z if grad is None else grad
+    num_rows, width = (z if activation else like).shape
+    hidden, num_experts = width // 2 if activation in GATED else width, expert_begin.shape[0]
+    block_n = 128
+    tiles = triton.cdiv(hidden, block_n)
+    sums = torch.float64 if like.dtype == torch.float64 else torch.float32
+    out = Gradient(
+        like.new_empty(num_rows, width) if need_z and activation else None,
+        new_partial(like, num_rows, num_experts, width) if need_bias else None,
+        (like.new_empty(num_rows, hidden) if grad is None else grad) if need_scaled else None,
+        like.new_empty(tiles, num_rows, dtype=sums) if need_weight else None,
+    )
+    if num_rows and hidden and any(t is not None for t in out):
+        weight, row_choice = weights or (None, None)
+        _activation_backward_kernel[num_rows // SLOT + num_experts, tiles](
+            grad, *((0, 0) if grad is None else grad.stride()), z if activation else None,
+            weight, *((0, 0) if weight is None else weight.stride()), row_choice,
+            out.dz, out.scaled, out.dots, out.partial, expert_begin, expert_count,
+            num_rows, 0 if weight is None else weight.numel(), hidden,
+            E=num_experts, K=1 if weight is None else weight.shape[1], SUM=sum_dtype(like),
+            **constants(activation, like.dtype), BLOCK_M=SLOT, BLOCK_N=block_n, num_warps=8,
         )  # fmt: skip
-    grad_bias = grad.new_empty((num_experts, width) if need_bias else 0)
-    if partial is not None:
-        sum_slots(partial, grad_bias, expert_begin, expert_count, num_rows, block_m)
-    return dz if activation else grad, grad_bias
+    return out
 
 
 # ----------------------------------------------------------------------------------------------- sums over the slots
@@ -145,14 +254,14 @@ def activation_backward(
 def _sum_slots_kernel(
     partial_ptr, out_ptr,  # [slots, N], [E, N]: contiguous
     expert_begin_ptr, expert_count_ptr, num_rows, N,
-    ADD: tl.constexpr, BLOCK_M: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    ADD: tl.constexpr, SLOT: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[e] = the sum of partial over the slots of expert e, in their order; ADD: added to what out holds."""
     expert = tl.program_id(0)
     begin = tl.maximum(tl.load(expert_begin_ptr + expert), 0)
     count = tl.minimum(tl.load(expert_count_ptr + expert), num_rows - begin)
-    first_slot = (begin // BLOCK_M + expert).to(tl.int64)
-    num_slots = tl.cdiv(count, BLOCK_M)
+    first_slot = (begin // SLOT + expert).to(tl.int64)
+    num_slots = tl.cdiv(count, SLOT)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     total = tl.zeros((SLOTS, BLOCK_N), partial_ptr.dtype.element_ty)
     for first in range(0, num_slots, SLOTS):
@@ -166,26 +275,20 @@ def _sum_slots_kernel(
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=column < N)
 
 
-def new_partial(like: Tensor, num_rows: int, num_experts: int, width: int, block_m: int) -> Tensor:
-    """[slots, N] in the precision of sums: a place for the column sums of every slot of ``block_m`` rows."""
+def new_partial(like: Tensor, num_rows: int, num_experts: int, width: int) -> Tensor:
+    """[slots, N] in the precision of sums: a place for the column sums of every slot."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return like.new_empty(num_rows // block_m + num_experts, width, dtype=dtype)
+    return like.new_empty(num_rows // SLOT + num_experts, width, dtype=dtype)
 
 
 def sum_slots(
-    partial: Tensor,
-    out: Tensor,
-    expert_begin: Tensor,
-    expert_count: Tensor,
-    num_rows: int,
-    block_m: int,
-    add: bool = False,
+    partial: Tensor, out: Tensor, expert_begin: Tensor, expert_count: Tensor, num_rows: int, add: bool = False
 ) -> None:
     """out[e] [N] = the sum of an expert's slots, 0 for an expert without rows; ``add``: added to ``out``."""
     num_experts, width = out.shape
     if out.numel():
-        block_n = 128
+        block_n = 32  # few columns and many slots at a time: an expert's slots are one program's, one after the other
         _sum_slots_kernel[num_experts, triton.cdiv(width, block_n)](
             partial, out, expert_begin, expert_count, num_rows, width,
-            ADD=add, BLOCK_M=block_m, SLOTS=16, BLOCK_N=block_n, num_warps=4,
+            ADD=add, SLOT=SLOT, SLOTS=64, BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip

@@ -1,8 +1,7 @@
 """One GEMM per expert over that expert's rows: rows @ weight, its data gradient, and the weight gradient.
 
-The grid follows from shapes alone; how many rows an expert has is read on the device. ``multiply`` and
-``weight_gradient`` also gather their rows from the tokens through the plan, for the fused moe_ffn. Work of one
-product: 2 * served rows * M * N FLOPs.
+The grid follows from shapes alone; how many rows an expert has is read on the device. Where a tile says so, operands
+come by tensor descriptors (TMA). Work of one product: 2 * served rows * M * N FLOPs.
 """
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from widenet_kernels.routing import GATED
-from widenet_kernels.triton.activation import activate, activation_backward
+from widenet_kernels.triton.activation import activate, activation_backward, constants, sum_slots
 from widenet_kernels.triton.tiles import (
     Problem,
     Tile,
@@ -23,7 +22,6 @@ from widenet_kernels.triton.tiles import (
     halves,
     input_precision,
     place,
-    source_rows,
     sum_dtype,
 )
 
@@ -82,19 +80,18 @@ def described_weight(w, expert, k, column, DESCRIBED: tl.constexpr, BLOCK_K: tl.
     return tile
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_slots", "num_choices"])
+@triton.jit(do_not_specialize=["num_rows", "num_slots"])
 def _multiply_kernel(
-    a_ptr, a_stride_row, a_stride_k,  # [R, M], or [T, M] to gather from; its descriptor if DESCRIBED
+    a_ptr, a_stride_row, a_stride_k,  # [R, M]; its descriptor if DESCRIBED
     w_ptr, w_stride_e, w_stride_k, w_stride_n,  # [E, M, N], 2N columns when gated; its descriptor if DESCRIBED
     bias_ptr, bias_stride_e, bias_stride_n,  # [E, N] or None, 2N when gated
     out_ptr, z_ptr,  # [R, N] and, or None, [R, N] or [R, 2N]: contiguous
-    row_choice_ptr,  # [R] to gather, or None
-    expert_begin_ptr, expert_count_ptr, num_rows, num_slots, num_choices, N, depth,
-    E: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr, CLEAR: tl.constexpr,
+    expert_begin_ptr, expert_count_ptr, num_rows, num_slots, N, depth,
+    E: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr, CLEAR: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr, DESCRIBED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out = act(a[rows] @ w + bias), z the same before act; CLEAR: and 0 in the rows that nobody uses."""
+    """out = act(a @ w + bias), z the same before act; CLEAR: and 0 in the rows that nobody uses."""
     slot, tile = place(tl.program_id(0), num_slots, tl.cdiv(N, BLOCK_N), GROUP)
     expert, first_row, served, room = find_rows(slot, expert_begin_ptr, expert_count_ptr, num_rows, E, BLOCK_M)
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -111,7 +108,7 @@ def _multiply_kernel(
         z, v = described_product(a_ptr, w_ptr, expert.to(tl.int32), first_row.to(tl.int32), tile * BLOCK_N, N, depth,
                                  SUM, GLU, DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)  # fmt: skip
     else:
-        a_rows = source_rows(rows, served, row_choice_ptr, num_choices, K)
+        a_rows = tl.minimum(rows, served - 1)  # beyond the end, any place inside the tensor
         z, v = product(a_ptr, a_rows, a_stride_row, a_stride_k, w_ptr + expert * w_stride_e, w_stride_k, w_stride_n,
                        column, N, N, depth, SUM, GLU, BLOCK_K, EVEN_K, PRECISION)  # fmt: skip
     if bias_ptr is not None:
@@ -155,15 +152,12 @@ def multiply(
     expert_count: Tensor,
     num_rows: int,
     activation: str = "",
-    gather: Tensor | None = None,
-    k: int = 1,
     save: bool = False,
     clear: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """act(a[r] @ weight[e] + bias[e]) [R, N] and, if ``save``, the pre-activation (else of no rows).
 
-    With ``gather``, the plan's row_choice, row r is multiplied by the token it serves, a [T, M]. Unused rows are 0 if
-    ``clear``, else unwritten.
+    Unused rows are 0 if ``clear``, else unwritten.
     """
     glu = activation in GATED
     num_experts, depth, width = weight.shape
@@ -173,19 +167,17 @@ def multiply(
     if not out.numel():
         return out, z
     precision = input_precision(a.dtype)
-    form = "glu" if glu else "rows"
+    form = "glu" if glu else "activated" if activation else "rows"
     problem = Problem(form, a.dtype, num_rows // num_experts, columns, depth, precision)
     tile = choose_tile(problem, current_target())
     num_slots = num_rows // tile.block_m + num_experts
-    described = description(a, weight, columns) if tile.described and gather is None else ""
+    described = description(a, weight, columns) if tile.described else ""
     operands = describe(a, weight, described, tile) if described else (a, weight)
     _multiply_kernel[(num_slots * triton.cdiv(columns, tile.block_n),)](
         operands[0], *a.stride(), operands[1], *weight.stride(), bias, *((0, 0) if bias is None else bias.stride()),
-        out, z if save else None, gather, expert_begin, expert_count, num_rows, num_slots,
-        a.shape[0] * k, columns, depth,
-        E=num_experts, K=k, ACTIVATION=GATED.get(activation, activation), GLU=glu, CLEAR=clear,
-        SUM=sum_dtype(a), PRECISION=precision, EVEN_K=depth % tile.block_k == 0, DESCRIBED=described,
-        **tile.launch(),
+        out, z if save else None, expert_begin, expert_count, num_rows, num_slots, columns, depth,
+        E=num_experts, CLEAR=clear, SUM=sum_dtype(a), PRECISION=precision, EVEN_K=depth % tile.block_k == 0,
+        DESCRIBED=described, **constants(activation, a.dtype), **tile.launch(),
     )  # fmt: skip
     return out, z
 
@@ -193,18 +185,18 @@ def multiply(
 def description(a: Tensor, weight: Tensor, half: int) -> str:
     """How weight [E, M, N] lies in memory, "kn" or "nk", if it and a [R, M] can be described, else "".
 
-    A descriptor wants neighbours in its last dimension, all else at multiples of 16 bytes (the gated half of the
-    columns, from ``half`` on, too), and no empty dimension.
+    The gated half of the columns, from ``half`` on, begins at a multiple of 16 bytes too.
     """
-
-    def possible(tensor: Tensor) -> bool:
-        *strides, last = tensor.stride()
-        apart = [tensor.data_ptr(), *(stride * tensor.itemsize for stride in strides)]
-        return tensor.numel() > 0 and last == 1 and min(strides) > 0 and not any(place % 16 for place in apart)
-
-    if not possible(a) or half * weight.itemsize % 16:
+    if not can_be_described(a) or half * weight.itemsize % 16:
         return ""
-    return "kn" if possible(weight) else "nk" if possible(weight.transpose(1, 2)) else ""
+    return "kn" if can_be_described(weight) else "nk" if can_be_described(weight.transpose(1, 2)) else ""
+
+
+def can_be_described(tensor: Tensor) -> bool:
+    """A descriptor wants neighbours in its last dimension, all else at multiples of 16 bytes, and nothing empty."""
+    *strides, last = tensor.stride()
+    apart = [tensor.data_ptr(), *(stride * tensor.itemsize for stride in strides)]
+    return tensor.numel() > 0 and last == 1 and min(strides) > 0 and not any(place % 16 for place in apart)
 
 
 def describe(a: Tensor, weight: Tensor, described: str, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor]:
@@ -221,14 +213,26 @@ def describe(a: Tensor, weight: Tensor, described: str, tile: Tile) -> tuple[Ten
 # ------------------------------------------------------------------------------------------------- weight gradient
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_choices"])
+@triton.jit
+def add_product(total, a_ptr, a_stride_row, a_stride_m, b_ptr, b_stride_row, b_stride_n, rows, served, m, M, n, N,
+                PRECISION: tl.constexpr):  # fmt: skip
+    """total + a[rows]^T @ b[rows], of the rows before ``served``."""
+    inside = rows < served
+    # a is loaded as its transpose, which the tensor cores take as it is
+    a_ptrs = a_ptr + m[:, None] * a_stride_m + rows[None, :] * a_stride_row
+    b_ptrs = b_ptr + rows[:, None] * b_stride_row + n[None, :] * b_stride_n
+    a = tl.load(a_ptrs, mask=inside[None, :] & (m < M)[:, None], other=0.0)
+    b = tl.load(b_ptrs, mask=inside[:, None] & (n < N)[None, :], other=0.0)
+    return dot(a, b, total, PRECISION)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def _weight_gradient_kernel(
-    a_ptr, a_stride_row, a_stride_m,  # [R, M], or [T, M] to gather from
-    b_ptr, b_stride_row, b_stride_n,  # [R, N], or [T, N] to gather from
+    a_ptr, a_stride_row, a_stride_m, b_ptr, b_stride_row, b_stride_n,  # [R, M], [R, N]
+    a_described, b_described,  # the same, or both None
     out_ptr, out_stride_e, out_stride_m, out_stride_n,  # [E, M, N]
-    row_choice_ptr, expert_begin_ptr, expert_count_ptr, num_rows, num_choices, M, N,
-    K: tl.constexpr, GATHER: tl.constexpr, ADD: tl.constexpr,
-    SUM: tl.constexpr, PRECISION: tl.constexpr,
+    expert_begin_ptr, expert_count_ptr, num_rows, M, N,
+    ADD: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out[e] = a[rows of e]^T @ b[rows of e]; ADD: added to what out holds."""
@@ -241,20 +245,23 @@ def _weight_gradient_kernel(
 
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    a_ptrs = a_ptr + m[:, None] * a_stride_m  # a is loaded as its transpose, which the tensor cores take as it is
-    b_ptrs = b_ptr + n[None, :] * b_stride_n
     total = tl.zeros((BLOCK_M, BLOCK_N), SUM)
-    for first in range(0, count, BLOCK_K):
-        rows = begin.to(tl.int64) + first + tl.arange(0, BLOCK_K)
-        a_rows, b_rows = rows, rows
-        if GATHER == "a":
-            a_rows = source_rows(rows, served, row_choice_ptr, num_choices, K)
-        if GATHER == "b":
-            b_rows = source_rows(rows, served, row_choice_ptr, num_choices, K)
-        inside = rows < served
-        a = tl.load(a_ptrs + a_rows[None, :] * a_stride_row, mask=inside[None, :] & (m < M)[:, None], other=0.0)
-        b = tl.load(b_ptrs + b_rows[:, None] * b_stride_row, mask=inside[:, None] & (n < N)[None, :], other=0.0)
-        total = dot(a, b, total, PRECISION)
+    if a_described is None:
+        for first in range(0, count, BLOCK_K):
+            rows = begin.to(tl.int64) + first + tl.arange(0, BLOCK_K)
+            total = add_product(total, a_ptr, a_stride_row, a_stride_m, b_ptr, b_stride_row, b_stride_n,
+                                rows, served, m, M, n, N, PRECISION)  # fmt: skip
+    else:
+        # a descriptor knows the end of the tensor and not that of the expert: the last rows come by pointers
+        whole = tl.maximum(count, 0) // BLOCK_K * BLOCK_K
+        for first in range(0, whole, BLOCK_K):
+            a = a_described.load([begin + first, tile_m * BLOCK_M])
+            b = b_described.load([begin + first, tile_n * BLOCK_N])
+            total = dot(tl.trans(a), b, total, PRECISION)
+        if whole < count:
+            rows = begin.to(tl.int64) + whole + tl.arange(0, BLOCK_K)
+            total = add_product(total, a_ptr, a_stride_row, a_stride_m, b_ptr, b_stride_row, b_stride_n,
+                                rows, served, m, M, n, N, PRECISION)  # fmt: skip
 
     out_ptr += expert.to(tl.int64) * out_stride_e
     left, right = halves(total)
@@ -279,26 +286,23 @@ def weight_gradient(
     expert_begin: Tensor,
     expert_count: Tensor,
     num_rows: int,
-    gather: str = "",
-    row_choice: Tensor | None = None,
-    k: int = 1,
     add: bool = False,
 ) -> None:
-    """out[e] [M, N] = a[rows of e]^T @ b[rows of e], 0 for an expert without rows; ``add``: added to ``out``.
-
-    ``gather``: "a" or "b", then a [T, M] or b [T, N] is read at the token that each row serves.
-    """
+    """out[e] [M, N] = a[rows of e]^T @ b[rows of e], 0 for an expert without rows; ``add``: added to ``out``."""
     num_experts, m, n = out.shape
     if not out.numel():
         return
     precision = input_precision(a.dtype)
-    form = "weight_gathered" if gather else "weight"
-    tile = choose_tile(Problem(form, a.dtype, m, n, num_rows // num_experts, precision), current_target())
-    num_tokens = a.shape[0] if gather == "a" else b.shape[0]
+    tile = choose_tile(Problem("weight", a.dtype, m, n, num_rows // num_experts, precision), current_target())
+    described = (None, None)
+    if tile.described and can_be_described(a) and can_be_described(b):
+        described = (
+            TensorDescriptor.from_tensor(a, [tile.block_k, tile.block_m]),
+            TensorDescriptor.from_tensor(b, [tile.block_k, tile.block_n]),
+        )
     _weight_gradient_kernel[(num_experts * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
-        a, *a.stride(), b, *b.stride(), out, *out.stride(), row_choice, expert_begin, expert_count, num_rows,
-        num_tokens * k, m, n, K=k, GATHER=gather, ADD=add,
-        SUM=sum_dtype(a), PRECISION=precision, **tile.launch(),
+        a, *a.stride(), b, *b.stride(), *described, out, *out.stride(), expert_begin, expert_count, num_rows, m, n,
+        ADD=add, SUM=sum_dtype(a), PRECISION=precision, **tile.launch(),
     )  # fmt: skip
 
 
@@ -333,7 +337,13 @@ def grouped_gemm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d rows [R, M], d weight [E, M, N] and d bias [E, N]; of no elements where not needed."""
     places = (expert_begin, expert_count, rows.shape[0])
-    dz, grad_bias = activation_backward(grad, z, *places[:2], activation, need_rows or need_weight, need_bias)
+    dz, grad_bias = grad, weight.new_empty(0)
+    if need_bias or activation:
+        gradient = activation_backward(grad, z, *places[:2], activation, need_rows or need_weight, need_bias)
+        dz = grad if gradient.dz is None else gradient.dz
+        if gradient.partial is not None:
+            grad_bias = weight.new_empty(weight.shape[0], weight.shape[2])
+            sum_slots(gradient.partial, grad_bias, *places)
     grad_rows, grad_weight = rows.new_empty(0), weight.new_empty(0)
     if need_rows:
         grad_rows, _ = multiply(dz, weight.transpose(1, 2), None, *places, clear=True)

@@ -41,17 +41,13 @@ def find_rows(slot, expert_begin_ptr, expert_count_ptr, num_rows, E: tl.constexp
 
 
 @triton.jit
-def source_rows(rows, served, row_choice_ptr, num_choices, K: tl.constexpr):
-    """Where the data of each row is: at the token it serves if the plan's row_choice is given, else at the row.
-
-    From ``served`` on (and for a choice out of range) it is some place inside the tensor.
-    """
-    if row_choice_ptr is None:
-        source = tl.minimum(rows, served - 1)
-    else:
-        choice = tl.load(row_choice_ptr + rows, mask=rows < served, other=0)
-        source = tl.where((choice >= 0) & (choice < num_choices), choice // K, 0).to(tl.int64)
-    return source
+def load_row_weight(weight_ptr, stride_t, stride_k, row_choice_ptr, rows, served, num_choices, K: tl.constexpr):
+    """The flat choice of each row (-1: none) and its gate weight (0 where there is none)."""
+    choice = tl.load(row_choice_ptr + rows, mask=rows < served, other=-1)
+    valid = (choice >= 0) & (choice < num_choices)
+    token = (choice // K).to(tl.int64)
+    weight_ptrs = weight_ptr + token * stride_t + (choice % K).to(tl.int64) * stride_k
+    return tl.where(valid, choice, -1), tl.load(weight_ptrs, mask=valid, other=0.0)
 
 
 @triton.jit
@@ -98,15 +94,17 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     group: int = 8  # row tiles that go through the columns together
-    described: bool = False  # operands by tensor descriptors (TMA), where nothing is gathered and the strides allow it
+    described: bool = False  # operands by tensor descriptors (TMA), where the strides allow it
+    registers: int = 0  # of a thread at most, so that two blocks share a multiprocessor; 0: as the compiler likes
 
     def __str__(self) -> str:
-        blocks = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages} g{self.group}"
-        return blocks + (" described" if self.described else "")
+        text = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages} g{self.group}"
+        return text + " described" * self.described + f" r{self.registers}" * (self.registers > 0)
 
     def launch(self) -> dict[str, int]:
         """As keywords of a kernel."""
-        return {
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return limit | {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
@@ -127,44 +125,35 @@ class Problem(NamedTuple):
     precision: str = "ieee"  # "tf32": fp32 operands on the tensor cores
 
 
-# Rows times weight; two halves of it at once; the fused backward through the second layer, and that of a gated one;
-# the weight gradient; the same with one operand gathered. In the last the loads of the map and of what it points to
-# share the stages of the pipeline, hence twice as many.
-FORMS = ("rows", "glu", "hidden", "hidden_glu", "weight", "weight_gathered")
+# Rows times weight, without an activation behind it, with one, and with a gated one; the weight gradient.
+FORMS = ("rows", "activated", "glu", "weight")
 
-# For 16-bit operands and results of at least 128 x 128; set by reading binaries, not yet by running them.
+# For 16-bit operands and results of at least 128 x 128. Those of sm_90 were measured (benchmarks/sweeps.py), the others
+# set by reading binaries.
 _HALF = {
     "sm_80": {
         "rows": Tile(128, 128, 32, 8, 4),
+        "activated": Tile(128, 128, 32, 8, 4),
         "glu": Tile(128, 64, 32, 8, 3),
-        "hidden": Tile(128, 64, 32, 8, 4),
-        "hidden_glu": Tile(128, 64, 32, 8, 4),
         "weight": Tile(128, 128, 32, 8, 4),
-        "weight_gathered": Tile(128, 128, 32, 8, 7),
     },
     "sm_90": {
-        "rows": Tile(128, 256, 64, 8, 3),
-        "glu": Tile(128, 128, 64, 8, 3),
-        "hidden": Tile(128, 128, 64, 8, 3),
-        "hidden_glu": Tile(128, 64, 64, 8, 3),
-        "weight": Tile(128, 256, 64, 8, 3),
-        "weight_gathered": Tile(128, 256, 64, 8, 5),
+        "rows": Tile(128, 256, 64, 8, 4, described=True),
+        "activated": Tile(128, 128, 64, 8, 3, described=True, registers=128),
+        "glu": Tile(128, 128, 64, 8, 4, described=True),
+        "weight": Tile(128, 256, 64, 8, 4, described=True),
     },
     "sm_100": {
         "rows": Tile(128, 256, 64, 8, 3),
+        "activated": Tile(128, 256, 64, 8, 3),
         "glu": Tile(128, 128, 32, 8, 6),
-        "hidden": Tile(128, 128, 64, 8, 3),
-        "hidden_glu": Tile(128, 64, 64, 8, 3),
         "weight": Tile(128, 256, 64, 8, 3),
-        "weight_gathered": Tile(128, 256, 64, 8, 5),
     },
     "gfx942": {
         "rows": Tile(128, 128, 64, 8, 2),
+        "activated": Tile(128, 128, 64, 8, 2),
         "glu": Tile(128, 64, 64, 8, 2),
-        "hidden": Tile(128, 64, 64, 8, 2),
-        "hidden_glu": Tile(128, 64, 64, 8, 2),
         "weight": Tile(128, 128, 64, 8, 2),
-        "weight_gathered": Tile(128, 128, 64, 8, 2),
     },
 }
 _TF32 = Tile(128, 64, 32, 8, 3)
@@ -200,7 +189,14 @@ def _shrunk(tile: Tile, problem: Problem) -> Tile:
     while block_n > 32 and block_n >= 2 * problem.n:
         block_n //= 2
     smaller = block_m * block_n < tile.block_m * tile.block_n // 4
-    return tile._replace(block_m=block_m, block_n=block_n, num_warps=4 if smaller else tile.num_warps)
+    whole = (block_m, block_n) == (tile.block_m, tile.block_n)  # to make descriptors takes the host 60 us
+    return tile._replace(
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=4 if smaller else tile.num_warps,
+        described=tile.described and whole,
+        registers=tile.registers if whole else 0,
+    )
 
 
 def movement_blocks(dim: int, itemsize: int) -> tuple[int, int]:
