@@ -129,38 +129,27 @@ def fingerprint(data: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def choose_ngrams(words: list[range], budget: int, rng: random.Random) -> list[list[range]]:
-    """Runs of one to three whole words, each word at most once, that have ``budget`` pieces or a few less.
+def choose_ngrams(places: list[int], budget: int, rng: random.Random) -> list[list[int]]:
+    """Runs of one to three neighbours, ``budget`` of the places in all or a few less, each at most once.
 
     A run for which there is no room is cut short from behind.
     """
-    chosen: list[list[range]] = []
-    taken: set[range] = set()
-    for start in rng.sample(range(len(words)), len(words)):
+    chosen: list[list[int]] = []
+    taken: set[int] = set()
+    for start in rng.sample(range(len(places)), len(places)):
         (length,) = rng.choices(NGRAMS, NGRAM_WEIGHTS)
-        ngram = words[start : start + length]
-        while ngram and (sum(map(len, ngram)) > budget or taken.intersection(ngram)):
+        ngram = places[start : start + length]
+        while ngram and (len(ngram) > budget or taken.intersection(ngram)):
             ngram.pop()
         if ngram:
             chosen.append(ngram)
             taken.update(ngram)
-            budget -= sum(map(len, ngram))
+            budget -= len(ngram)
     return chosen
 
 
-def words_of(pieces: Pieces, continues: set[int], special: set[int]) -> list[range]:
-    """The positions of each word: its first piece and those that continue it. CLS and SEP are in no word."""
-    words: list[range] = []
-    for position, piece in enumerate(pieces):
-        if piece in continues and words and words[-1].stop == position:
-            words[-1] = range(words[-1].start, position + 1)
-        elif piece not in special:
-            words.append(range(position, position + 1))
-    return words
-
-
 def corrupted(piece: int, mask: int, count: int, rng: random.Random) -> int:
-    """What stands in the place of a word that is to be predicted: 80 % MASK, 10 % any piece, 10 % itself (BERT)."""
+    """What stands in the place of a piece that is to be predicted: 80 % MASK, 10 % any piece, 10 % itself (BERT)."""
     draw = rng.random()
     if draw < 0.8:
         return mask

@@ -13,7 +13,7 @@ from digits_plot import BLUE, GREY, ORANGE, draw_load
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-WHAT = {"digits": "held-out digits", "text": "held-out masked words"}
+WHAT = {"digits": "held-out digits", "text": "held-out masked pieces"}
 LOADS = ("widenet", "experts-8", "top-1")
 DIVERGENCES = {"widenet": BLUE, "dense": GREY, "unshared-dense": ORANGE}
 

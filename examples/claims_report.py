@@ -230,6 +230,14 @@ def sorted_claims(judged: list[Judged]) -> str:
     return "\n".join(f"- {word}: {'; '.join(texts)}" for word, texts in words.items())
 
 
+def learned_context(results: list[Record], floor: Record) -> str:
+    """How many of the networks do better on texts than ``floor``."""
+    losses = [measured(result, "loss") for result in results if result["settings"]["task"] == "text"]
+    accuracy, loss = (number(name, floor[name]) for name in ("accuracy", "loss"))
+    better = sum(one < floor["loss"] for one in losses)
+    return CONTEXT.format(accuracy=accuracy, loss=loss, better=better, all=len(losses))
+
+
 def report(results: list[Record], without_context: Record | None) -> str:
     """Markdown: for each task the variants, the claims, and the claims sorted by what became of them.
 
@@ -246,8 +254,7 @@ def report(results: list[Record], without_context: Record | None) -> str:
         parts += [f"## {task}, {seeds} seed{'s' if seeds > 1 else ''}", in_common(settings[0])]
         parts += [table(results, task), SPREAD]
         if task == "text" and without_context is not None:
-            accuracy, loss = (number(name, without_context[name]) for name in ("accuracy", "loss"))
-            parts.append(CONTEXT.format(accuracy=accuracy, loss=loss))
+            parts.append(learned_context(results, without_context))
         if claims:
             parts += [claims_table(claims, task, bound), sorted_claims(claims)]
     if everything:
@@ -261,9 +268,10 @@ SPREAD = (
     "quarter, as the network gets them; dropped: of the choices on held-out data, those that found their expert full."
 )
 CONTEXT = (
-    "Who looks at no other word than the one asked for, which in one case of ten stands there as it is, can have an "
-    "accuracy of {accuracy} % and a loss of {loss}: networks that are no better have not shown that they learned "
-    "anything of how words go together, and their differences say nothing of what such learning takes."
+    "Who looks at no other piece than the one asked for, which in one case of ten stands there as it is, can have an "
+    "accuracy of {accuracy} % and a loss of {loss}. {better} of {all} networks have a lower loss. One that has not has "
+    "not shown that it learned anything of how pieces go together, and its difference from another says nothing of "
+    "what such learning takes."
 )
 RULE = (
     "Differences are in favour of the claim where positive; accuracy in points, gamma and beta in 1e-3. They are "

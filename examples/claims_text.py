@@ -1,4 +1,8 @@
-"""Masked words and the order of sentences as a task of paper_claims.py: ALBERT's pre-training on claims_corpus.py."""
+"""Masked pieces of words and the order of sentences as a task of paper_claims.py: ALBERT's pre-training, but smaller.
+
+ALBERT masks n-grams of whole words; the n-grams here are of pieces, of which there are only a few hundred. What stands
+around a masked piece, often the rest of its word, then says something of it that a network learns in minutes.
+"""
 
 import random
 from collections.abc import Iterator
@@ -7,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from claims_corpus import CLS, MASK, MASKED, PAD, SEP, SPECIAL, Pair, choose_ngrams, corrupted, words_of
+from claims_corpus import CLS, MASK, MASKED, PAD, SEP, SPECIAL, Pair, choose_ngrams, corrupted
 from claims_training import IGNORED, Batch, Record, evaluate, shuffled
 from torch import Tensor, nn
 
@@ -18,14 +22,13 @@ JUDGE = 0  # the seed of what is masked and swapped in the held-out texts
 
 
 class TextTask:
-    """Texts are [CLS] first [SEP] second [SEP]; half of them are swapped, and words are masked anew each time."""
+    """Texts are [CLS] first [SEP] second [SEP]; half of them are swapped, and pieces are masked anew each time."""
 
     def __init__(self, settings: dict[str, Any], data: dict[str, Any]) -> None:
         self.model, recipe = settings["model"], settings["recipe"]
         self.batch, self.positions = recipe["batch"], recipe["positions"]
         vocabulary: dict[str, int] = data["vocabulary"]
         self.vocabulary = vocabulary
-        self.continues = {number for piece, number in vocabulary.items() if piece.startswith("##")}
         self.special = {vocabulary[piece] for piece in SPECIAL}
         self.pairs: list[Pair] = data["train"]
         judged = shuffled(len(data["held_out"]), self.batch, torch.Generator().manual_seed(JUDGE))
@@ -50,7 +53,7 @@ class TextTask:
             yield self.collate([self.pairs[n] for n in index], rng)
 
     def without_context(self) -> Record:
-        """The score of the best that can be said of a masked word without a look at the others."""
+        """The score of the best that can be said of a masked piece without a look at the others."""
         pieces = torch.tensor(list(chain(*chain(*self.pairs))))
         counts = torch.bincount(pieces, minlength=len(self.vocabulary)) + 1.0
         return evaluate(ContextFree(counts, self.vocabulary[MASK]), self.held_out)[0]
@@ -81,13 +84,12 @@ class TextTask:
 
     def mask(self, pieces: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
         """What the network sees, and the labels: the pieces themselves where it has to predict them."""
-        words = words_of(pieces, self.continues, self.special)
-        budget = max(1, round(MASKED * sum(map(len, words))))
+        places = [position for position, piece in enumerate(pieces) if piece not in self.special]
+        budget = max(1, round(MASKED * len(places)))
         seen, labels = list(pieces), [IGNORED] * len(pieces)
-        for ngram in choose_ngrams(words, budget, rng):
-            for position in (position for word in ngram for position in word):
-                labels[position] = pieces[position]
-                seen[position] = corrupted(pieces[position], self.vocabulary[MASK], len(self.vocabulary), rng)
+        for position in chain(*choose_ngrams(places, budget, rng)):
+            labels[position] = pieces[position]
+            seen[position] = corrupted(pieces[position], self.vocabulary[MASK], len(self.vocabulary), rng)
         return seen, labels
 
 

@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     """What goes into a network, and what it is judged by."""
 
     inputs: dict[str, Tensor]  # the arguments of its forward, labels included
-    labels: Tensor  # [N] classes, or [N, L] words, IGNORED where nothing is asked
+    labels: Tensor  # [N] classes, or [N, L] pieces, IGNORED where nothing is asked
     order: Tensor | None = None  # [N] sentence order: 0, or 1 for swapped
 
 
