@@ -32,21 +32,13 @@ def constants(activation: str, dtype: torch.dtype) -> dict[str, Any]:
 @triton.jit
 def exp2(x):
     """2^x; of fp32 without subnormal results, which would take three instructions more."""
-    if INTERPRETED or x.dtype == tl.float64:
-        y = tl.exp2(x)
-    else:
-        y = libdevice.exp2(x)
-    return y
+    return tl.exp2(x) if INTERPRETED or x.dtype == tl.float64 else libdevice.exp2(x)
 
 
 @triton.jit
 def inverse(x):
     """1 / x of moderate x, by the fast division where there is one."""
-    if INTERPRETED or x.dtype == tl.float64:
-        y = 1.0 / x
-    else:
-        y = libdevice.fast_dividef(1.0, x)
-    return y
+    return 1.0 / x if INTERPRETED or x.dtype == tl.float64 else libdevice.fast_dividef(1.0, x)
 
 
 @triton.jit
@@ -225,7 +217,7 @@ def activation_backward(
     like = z if grad is None else grad
     num_rows, width = (z if activation else like).shape
     hidden, num_experts = width // 2 if activation in GATED else width, expert_begin.shape[0]
-    block_n = 128
+    block_n = 32 if like.dtype == torch.float64 else 128  # what a thread's registers hold
     tiles = triton.cdiv(hidden, block_n)
     sums = torch.float64 if like.dtype == torch.float64 else torch.float32
     out = Gradient(
