@@ -59,14 +59,17 @@ def describe(found: Any) -> str:
     return "a file that names no format" if found is None else f"format {found!r}"
 
 
-def newest(folder: Path) -> Path | None:
-    """The result file with the latest date, the last by name of those; files of another format do not count."""
+def newest(folder: Path, device: str) -> Path | None:
+    """The result file of a device's layer with the latest date, the last by name of those; files of another format do
+    not count."""
     dates = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            dates[path] = load(path).machine["date"]
+            results = load(path)
         except ValueError:
             continue
+        if timed(results.rows, bench="layer", device=device):
+            dates[path] = results.machine["date"]
     return max(dates, key=lambda path: (dates[path], path.name)) if dates else None
 
 

@@ -9,23 +9,25 @@ from typing import Any
 
 from .reading import Results, Row, as_argument, at_full_width, device_name, load, software, timed, values
 
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 MEMORY = "peak memory (least peer)"
 HEADER = ("shape", "dtype", "pass", "ours", "GFLOP/s", "limit", "of its speed", "best peer", "times as fast", MEMORY)
 
 
-def render(results: Results, folder: Path) -> str:
-    """The machine, a table for each device (a CPU at the machine's number of threads), and the layer's pictures.
+def devices(results: Results) -> list[str]:
+    """Those that the layer was timed on."""
+    return values(timed(at_full_width(results), bench="layer"), "device")
+
+
+def render(results: Results, device: str, folder: Path) -> str:
+    """The machine, the table (of a CPU at the machine's number of threads), and the layer's pictures.
 
     folder: of the Markdown file, which the pictures' places are relative to.
     """
     rows = timed(at_full_width(results), bench="layer")
-    parts = []
-    for device in values(rows, "device"):
-        lines = [line(row, rows) for row in timed(rows, device=device, kind="ours")]
-        where = device_name(results.machine, device)
-        parts += [f"{where}: {software(results.machine)}.", "\n".join([*head(), *lines])]
-    parts += [f"![{alt}]({place})" for alt, place in pictures(results.path, folder)]
+    lines = [line(row, rows) for row in timed(rows, device=device, kind="ours")]
+    where = device_name(results.machine, device)
+    parts = [f"{where}: {software(results.machine)}.", "\n".join([*head(), *lines])]
+    parts += [f"![{alt}]({place})" for alt, place in pictures(results.path, device, folder)]
     return "\n\n".join(parts)
 
 
@@ -65,45 +67,62 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def pictures(path: Path, folder: Path) -> list[tuple[str, str]]:
+def pictures(path: Path, device: str, folder: Path) -> list[tuple[str, str]]:
     """What each picture of the layer and each roofline beside the result file is, and its place from the folder."""
-    found = [picture for kind in ("layer", "roofline") for picture in sorted(path.parent.glob(f"{path.stem}-{kind}-*"))]
+    kinds = (f"{path.stem}-{kind}-{device}-*" for kind in ("layer", "roofline"))
+    found = [picture for kind in kinds for picture in sorted(path.parent.glob(kind))]
     names = [picture.stem.removeprefix(f"{path.stem}-").replace("-", " ") for picture in found]
     return list(zip(names, (Path(os.path.relpath(picture, folder)).as_posix() for picture in found), strict=True))
 
 
-def between_markers(text: str) -> str:
-    """What stands between the markers, without the blank lines around it."""
-    found = re.findall(f"{BEGIN}\n(.*?){END}", text, flags=re.DOTALL)
+def markers(device: str) -> tuple[str, str]:
+    return f"<!-- bench {device} -->", f"<!-- /bench {device} -->"
+
+
+def between_markers(text: str, device: str) -> str:
+    """What stands between the device's markers, without the blank lines around it."""
+    begin, end = markers(device)
+    found = re.findall(f"{begin}\n(.*?){end}", text, flags=re.DOTALL)
     if len(found) != 1:
-        raise ValueError(f"expected {BEGIN} and {END} once, each on a line of its own, got them {len(found)} times")
+        raise ValueError(f"expected {begin} and {end} once, each on a line of its own, got them {len(found)} times")
     return found[0].strip()
 
 
-def replaced(text: str, content: str) -> str:
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
-
-
-def with_markers(path: Path) -> Path:
-    """A Markdown file that has a place for the table, or ValueError."""
-    between_markers(path.read_text())
-    return path
+def replaced(text: str, device: str, content: str) -> str:
+    between_markers(text, device)
+    begin, end = markers(device)
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
 
 
 def run(options: argparse.Namespace) -> None:
-    if not timed(at_full_width(options.results), bench="layer"):
-        sys.exit(f"bench table: {options.results.path} has no time of the layer")
-    if options.write is None:
-        print(render(options.results, Path.cwd()))
-    else:
-        text = options.write.read_text()
-        options.write.write_text(replaced(text, render(options.results, options.write.resolve().parent)))
+    results, place = options.results, options.write
+    if not devices(results):
+        sys.exit(f"bench table: {results.path} has no time of the layer")
+    folder = Path.cwd() if place is None else place.resolve().parent
+    tables = {device: render(results, device, folder) for device in devices(results)}
+    if place is None:
+        print("\n\n".join(tables.values()))
+        return
+    text = place.read_text()
+    for device, content in tables.items():
+        try:
+            text = replaced(text, device, content)
+        except ValueError as error:
+            sys.exit(f"bench table: {place}: {error}")
+    place.write_text(text)
+
+
+def markdown(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{path} is no file")
+    return path
 
 
 def add_command(commands: Any) -> None:
     parser = commands.add_parser("table", help="the layer's Markdown table", description=__doc__)
     parser.add_argument("results", type=as_argument(load), metavar="FILE.json")
-    about = f"put it between {BEGIN} and {END} there instead of printing it"
-    parser.add_argument("--write", type=as_argument(with_markers), metavar="README.md", help=about)
+    about = "put it between {} and {} there, or cuda's, instead of printing it".format(*markers("cpu"))
+    parser.add_argument("--write", type=markdown, metavar="README.md", help=about)
     parser.set_defaults(run=run)

@@ -23,7 +23,7 @@ def cells(line):
 
 
 def test_rows(results, tmp_path):
-    title, _, header, _, *lines = table.render(results, tmp_path).splitlines()
+    title, _, header, _, *lines = table.render(results, "cpu", tmp_path).splitlines()
     assert title == ("Invented CPU (avx2), 2 threads: torch 2.13.0, widenet_kernels 0.1.0 at 0123456, 2001-02-03.")
     # 80 ms is the limit's, ours has 0.8 of its speed, the loop 0.5; 8 * 1000 * 100 * 200 operations in 100 ms
     rows = [dict(zip(cells(header), cells(line), strict=True)) for line in lines]
@@ -52,35 +52,35 @@ def test_what_was_not_measured_is_a_dash(tmp_path):
     content = invented.content()
     content["rows"] = [invented.row("layer", "ours", 3.0)]
     results = reading.load(invented.written(tmp_path / "result.json", content))
-    *_, line = table.render(results, tmp_path).splitlines()
+    *_, line = table.render(results, "cpu", tmp_path).splitlines()
     assert cells(line)[3:] == ["3.00 ms ± 0.0300", "-", "-", "-", "-", "-", "-"]
 
 
 def test_pictures_beside_the_file_are_shown(results, tmp_path):
     for name in ("result-roofline-cpu-fp32.png", "result-layer-cpu-fp32.png", "result-scaling-T-cpu-fp32.png"):
         (tmp_path / name).touch()
-    *_, layer, _, roofline = table.render(results, tmp_path.parent).splitlines()
+    *_, layer, _, roofline = table.render(results, "cpu", tmp_path.parent).splitlines()
     assert layer == f"![layer cpu fp32]({tmp_path.name}/result-layer-cpu-fp32.png)"
     assert roofline == f"![roofline cpu fp32]({tmp_path.name}/result-roofline-cpu-fp32.png)"
 
 
 def test_write_replaces_what_is_between_the_markers(results, tmp_path, capsys):
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench -->\nan old table\n<!-- /bench -->\nafter\n")
+    readme.write_text("before\n<!-- bench cpu -->\nan old table\n<!-- /bench cpu -->\nafter\n")
     for _ in range(2):  # the second time nothing changes
         invented.run(table, "table", results.path, "--write", readme)
-        expected = table.render(results, tmp_path)
-        assert readme.read_text() == f"before\n<!-- bench -->\n\n{expected}\n\n<!-- /bench -->\nafter\n"
+        expected = table.render(results, "cpu", tmp_path)
+        assert readme.read_text() == f"before\n<!-- bench cpu -->\n\n{expected}\n\n<!-- /bench cpu -->\nafter\n"
     assert capsys.readouterr().out == ""
     readme.write_text("no markers")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="expected <!-- bench cpu --> and <!-- /bench cpu --> once"):
         invented.run(table, "table", results.path, "--write", readme)
-    assert "expected <!-- bench --> and <!-- /bench --> once" in capsys.readouterr().err
+    assert readme.read_text() == "no markers"
 
 
 def test_a_file_without_a_time_is_no_table(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- bench -->\nthe table\n<!-- /bench -->\n")
+    readme.write_text("<!-- bench cpu -->\nthe table\n<!-- /bench cpu -->\n")
     path = invented.written(tmp_path / "empty.json", invented.content() | {"rows": []})
     with pytest.raises(SystemExit, match=r"empty\.json has no time of the layer"):
         invented.run(table, "table", path, "--write", readme)
@@ -88,18 +88,19 @@ def test_a_file_without_a_time_is_no_table(tmp_path):
 
 
 def test_newest_is_the_latest_date_of_this_format(tmp_path):
-    assert reading.newest(tmp_path) is None
+    assert reading.newest(tmp_path, "cpu") is None
     for name, date, number in (("b", "2001-02-03", 1), ("a", "2002-01-01", 1), ("c", "2003-01-01", 2)):
         content = invented.content()
         content["machine"]["date"], content["format"] = date, number
         invented.written(tmp_path / f"{name}.json", content)
-    assert reading.newest(tmp_path) == tmp_path / "a.json"
+    assert reading.newest(tmp_path, "cpu") == tmp_path / "a.json"
+    assert reading.newest(tmp_path, "cuda") is None
 
 
-def test_the_readme_has_the_table_of_the_newest_committed_file():
-    newest = reading.newest(COMMITTED)
-    expected = "" if newest is None else table.render(reading.load(newest), ROOT)
-    assert table.between_markers(README) == expected
+@pytest.mark.parametrize("of", ["cpu", "cuda"])
+def test_the_readme_has_the_table_of_the_newest_committed_file(of):
+    newest = reading.newest(COMMITTED, of)
+    assert table.between_markers(README, of) == table.render(reading.load(newest), of, ROOT)
 
 
 def test_the_pictures_of_the_readme_are_committed():
