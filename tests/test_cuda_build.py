@@ -47,7 +47,8 @@ def test_no_kernel_spills_or_takes_too_many_registers():
     for architecture, kernel, *_ in kernels(report):
         found.setdefault(architecture, set()).add(re.search(r"[a-z_]+_kernel", kernel)[0])
     assert set(found) == {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"}
-    stages = {"gate", "gate_backward", "count", "scan", "place", "asked_rows", "permute", "combine", "combine_backward"}
+    stages = {"gate", "gate_backward", "count", "scan", "place", "permute", "combine", "combine_backward"}
+    stages |= {"route_backward", "sum_parts", "asked_rows"}
     assert all(names == {f"{stage}_kernel" for stage in stages} for names in found.values()), found
     assert wasteful(report) == []
 

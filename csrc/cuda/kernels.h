@@ -12,6 +12,7 @@ using cudaStream_t = struct CUstream_st*;  // as CUDA's headers have it
 namespace widenet::cuda {
 
 constexpr int64_t kMostExperts = 1024;  // of gate and plan
+constexpr int64_t kFewExperts = 16;     // of route_backward
 
 // Over tokens. rows[t] = x[t], but zero if all of grad[t] is: what a token holds that asked for nothing reaches
 // nothing.
@@ -31,6 +32,9 @@ struct AskedRowsArgs {
 [[gnu::weak]] int64_t plan_parts(int64_t num_choices);
 [[gnu::weak]] void plan_routing(const PlanArgs& args, const int64_t* order, int32_t* part_demand, cudaStream_t stream);
 
+// Both gradients, or one of them: grad_x may be null, and ``partial``, room for route_parts(T) * E D of the math type.
+[[gnu::weak]] int64_t route_parts(int64_t num_tokens);
+[[gnu::weak]] void route_backward(const RouteBackwardArgs& args, void* partial, cudaStream_t stream);
 [[gnu::weak]] void asked_rows(const AskedRowsArgs& args, int64_t num_tokens, cudaStream_t stream);
 [[gnu::weak]] void permute(const PermuteArgs& args, int64_t num_rows, cudaStream_t stream);
 [[gnu::weak]] void combine(const CombineArgs& args, int64_t num_tokens, cudaStream_t stream);

@@ -156,6 +156,29 @@ auto route_backward(const array& grad, const array& x, const array& router_weigh
   return out.result;
 }
 
+// What a GPU does for few experts: both gradients in one pass.
+auto route_backward_fused(const array& grad, const array& x, const array& router_weight) {
+  const DType type = float_dtype("x", x), math = math_dtype("router_weight", router_weight);
+  require(type != DType::f64 || math == DType::f64, "router_weight", "float64, as x is");
+  const Shape shape = shape_of("x", x, 2);
+  const py::ssize_t num_experts = shape_of("router_weight", router_weight, 2)[0];
+  const Shape weight_shape{num_experts, shape[1]};
+  Output grad_x(type, shape), grad_weight(math, weight_shape);
+  Output partial(math, {cuda::route_parts(shape[0]), num_experts, shape[1]});
+  const RouteBackwardArgs args{type,
+                               math,
+                               input("grad", grad, math, {shape[0], num_experts}),
+                               input("x", x, type, shape),
+                               input("router_weight", router_weight, math, weight_shape),
+                               shape[0],
+                               num_experts,
+                               shape[1],
+                               grad_x.data(),
+                               grad_weight.data()};
+  cuda::route_backward(args, partial.data(), nullptr);
+  return py::make_tuple(grad_x.result, grad_weight.result);
+}
+
 auto asked_rows(const array& grad, const array& x) {
   const DType type = float_dtype("x", x), math = math_dtype("grad", grad);
   require(type != DType::f64 || math == DType::f64, "grad", "float64, as x is");
@@ -404,6 +427,7 @@ PYBIND11_MODULE(_numpy_kernels, m) {
   m.def("route", &route, "x"_a, "router_weight"_a, level);
   m.def("route_backward_x", &route_backward<RouteGradient::x>, "grad"_a, "x"_a, "router_weight"_a, level);
   m.def("route_backward_weight", &route_backward<RouteGradient::weight>, "grad"_a, "x"_a, "router_weight"_a, level);
+  m.def("route_backward_fused", &route_backward_fused, "grad"_a, "x"_a, "router_weight"_a);
   m.def("asked_rows", &asked_rows, "grad"_a, "x"_a);
   m.def("plan_routing", &plan, "expert_index"_a, "num_experts"_a, optional("capacity"), "priority"_a = "choice",
         optional("score"), optional("order"), level);

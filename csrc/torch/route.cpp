@@ -27,7 +27,8 @@ void mm_out(const char* op, const Tensor& out, const Tensor& a, const Tensor& b)
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 
-// On a GPU the tensor cores multiply 16-bit x and router_weight: such products are exact in fp32, where they are summed.
+// On a GPU the tensor cores multiply 16-bit x and router_weight: such products are exact in fp32, where they are
+// summed.
 void find_logits(const Tensor& x, const Tensor& router_weight_in, const Tensor& logits) {
   const ScalarType math = logits.scalar_type();
   if (on_gpu(x)) {
@@ -60,18 +61,21 @@ struct RouteGradients {
   Tensor x, router_weight;
 };
 
-void route_backward_on_cpu(const Tensor& grad, const Tensor& x, const Tensor& router_weight,
-                           const RouteGradients& out) {
-  const RouteBackwardArgs args{dtype_of(x),
-                               dtype_of(grad),
-                               data(grad),
-                               data(x),
-                               data(router_weight),
-                               x.size(0),
-                               router_weight.size(0),
-                               x.size(1),
-                               out.x.mutable_data_ptr(),
-                               out.router_weight.mutable_data_ptr()};
+RouteBackwardArgs arguments(const Tensor& grad, const Tensor& x, const Tensor& router_weight,
+                            const RouteGradients& out) {
+  return {dtype_of(x),
+          dtype_of(grad),
+          data(grad),
+          data(x),
+          data(router_weight),
+          x.size(0),
+          router_weight.size(0),
+          x.size(1),
+          out.x.numel() ? out.x.mutable_data_ptr() : nullptr,
+          out.router_weight.mutable_data_ptr()};
+}
+
+void route_backward_on_cpu(const RouteBackwardArgs& args, const RouteGradients& out) {
   if (out.x.numel()) {
     parallel_for(args.num_tokens, kGrainTokens,
                  [&](int64_t begin, int64_t end) { kernels().route_backward_x(args, begin, end); });
@@ -82,7 +86,17 @@ void route_backward_on_cpu(const Tensor& grad, const Tensor& x, const Tensor& ro
   }
 }
 
-void route_backward_on_gpu(const Tensor& grad, const Tensor& x, const Tensor& router_weight, RouteGradients& out) {
+// In one pass, for few experts.
+void route_backward_fused(const RouteBackwardArgs& args, const Tensor& grad, const RouteGradients& out) {
+  const bool wanted = out.router_weight.numel();
+  const int64_t parts = wanted ? cuda::route_parts(args.num_tokens) : 0;
+  const Tensor partial = empty_tensor(grad, {parts, args.num_experts, args.dim});
+  void* room = wanted ? partial.mutable_data_ptr() : nullptr;
+  on_stream(grad, [&](cudaStream_t stream) { cuda::route_backward(args, room, stream); });
+}
+
+// By torch's GEMMs, for many.
+void route_backward_by_gemms(const Tensor& grad, const Tensor& x, const Tensor& router_weight, RouteGradients& out) {
   const ScalarType math = grad.scalar_type();
   if (out.x.numel()) {
     const bool same = x.scalar_type() == math;
@@ -108,10 +122,13 @@ std::tuple<Tensor, Tensor> route_backward(OptionalTensor grad_weight, OptionalTe
   RouteGradients out{
       need_x ? empty_tensor(x, {x.size(0), x.size(1)}) : nothing(x),
       need_router_weight ? empty_tensor(router_weight, {router_weight.size(0), x.size(1)}) : nothing(router_weight)};
-  if (on_gpu(x)) {
-    route_backward_on_gpu(grad, x, router_weight, out);
+  const RouteBackwardArgs args = arguments(grad, x, router_weight, out);
+  if (!on_gpu(x)) {
+    route_backward_on_cpu(args, out);
+  } else if (args.num_experts <= cuda::kFewExperts && args.num_tokens) {
+    route_backward_fused(args, grad, out);
   } else {
-    route_backward_on_cpu(grad, x, router_weight, out);
+    route_backward_by_gemms(grad, x, router_weight, out);
   }
   return {out.x, to_contiguous(out.router_weight, router_weight_in.scalar_type())};
 }

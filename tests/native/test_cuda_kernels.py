@@ -126,6 +126,25 @@ def test_accesses_of_every_width(kernels, dtype, dim, offset):
     torch.testing.assert_close(kernels.combine(rows, weight, plan.choice_row), expected)
 
 
+@pytest.mark.parametrize(("num_experts", "dim"), [(1, 1), (3, 37), (4, 600), (5, 64), (8, 264), (13, 70), (16, 48)])
+@shared.of_dtype
+def test_route_backward_fused(module, kernels, dtype, num_experts, dim):
+    """Parts of the tokens that are full and one that is not; tokens that asked for nothing hold NaN."""
+    math, num_tokens = math_dtype(dtype), 150
+    grad, router_weight = (
+        inputs.normal(num_tokens, num_experts, seed=3, dtype=math),
+        inputs.normal(num_experts, dim, seed=1, dtype=math),
+    )
+    grad[::7] = 0
+    x = inputs.normal(num_tokens, dim, seed=2, dtype=dtype)
+    wide = x.masked_fill((grad == 0).all(dim=1, keepdim=True), 0)
+    x[::7] = float("nan")
+    found = map(to_torch, module.route_backward_fused(*map(to_numpy, (grad, x, router_weight))))
+    for out, (a, b), result in zip(found, ((grad, router_weight), (grad.t(), wide)), (dtype, math), strict=True):
+        plain = (a.to(math) @ b.to(math)).to(result)
+        shared.assert_good(out, plain, a.double() @ b.double())
+
+
 @pytest.mark.parametrize("dim", [0, 1, 8, 37])
 @shared.of_dtype
 def test_asked_rows(module, kernels, dtype, dim):
