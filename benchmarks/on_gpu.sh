@@ -16,13 +16,13 @@
 #   stage        limit  what
 #   install         70  pip install of this checkout, into a temporary folder; CUDA kernels for this device alone
 #   install-pure    12  only if that failed: without compiled kernels
-#   smoke           50  every op of every backend, forward and backward, against float64
+#   smoke           80  every op of every backend, forward and backward, against float64
 #   compile         30  Triton's kernels for what is measured, side by side
 #   table           60  bench --shape gpu: the layer and its peers; it prints what there is when its time is up
 #   products        45  bench: each product alone against a dense one, gradients alone, gate and plan many in one graph
 #   stages          45  bench: the stages of the layer
 #   graph           30  the whole layer as a CUDA graph, replayed on new data, against eager calls
-#   tests          105  pytest -m gpu in many processes, the contract of tests/conformance first
+#   tests           90  pytest -m gpu in many processes, the contract of tests/conformance first, as many as there is time for
 #   sweeps          60  bench: tile sizes for every form of GEMM
 #   memcheck        35  compute-sanitizer over a small set
 #   racecheck       20  the same for races, if memcheck could run
@@ -162,10 +162,10 @@ bench() { # NAME LIMIT OPTIONS...: into NAME.json
 
 run_tests() {
   if ! "$python" -c 'import pytest' 2>/dev/null; then
-    absent tests 105
+    absent tests 90
     return
   fi
-  stage tests 105 "$python" "$root/benchmarks/gpu_tests.py"
+  stage tests 90 "$python" "$root/benchmarks/gpu_tests.py"
 }
 
 sanitize() {
@@ -204,7 +204,7 @@ else
   timeout 20 "$python" -m widenet_kernels info >>"$log" 2>&1 # which backends serve what, and why others do not
   shapes="widenet-b-256 mixtral fine-grained"
   tiles="tiles-first tiles-second tiles-grad_rows tiles-grad_hidden tiles-weight_1 tiles-weight_2"
-  stage smoke 50 "$python" -m "$benchmarks.gpu_sanitize" --large --jobs 8 --json "$results"
+  stage smoke 80 "$python" -m "$benchmarks.gpu_sanitize" --large --jobs 4 --json "$results"
   stage compile 30 bash -c "python=$python; $(declare -f compile); compile 'layer products' '$shapes small'"
   bench table 60 --bench ceilings layer --shape gpu --seconds 0.5
   bench products 45 --bench products backward launches --shape $shapes --seconds 0.3
