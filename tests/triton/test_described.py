@@ -52,12 +52,20 @@ def layer(shape, dtype, activation, transposed):
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_same_bits_as_by_pointers(dtype, activation, transposed, noted, monkeypatch):
+    described = []
+    from_tensor = grouped_gemm.TensorDescriptor.from_tensor
+    monkeypatch.setattr(
+        grouped_gemm.TensorDescriptor, "from_tensor", lambda *of: described.append(of[0].shape) or from_tensor(*of)
+    )
     call, arguments = layer(inputs.WIDE, dtype, activation, transposed)
     found = value_and_grads(call, arguments)
     assert noted == (["nk", "nk", "kn", "kn"] if transposed else ["kn", "kn", "nk", "nk"])
-    monkeypatch.setattr(grouped_gemm, "description", lambda *operands: "")
+    assert len(described) == 12, "two operands of four products and of two weight gradients"
+    described.clear()
+    monkeypatch.setattr(grouped_gemm, "can_be_described", lambda tensor: False)
     for name, expected in value_and_grads(call, arguments).items():
         assert_same_bits(found[name], expected)
+    assert not described
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
