@@ -54,14 +54,14 @@ Form = dict[str, Trial]  # of each task
 FULL: Form = {
     "digits": Trial(
         variants=tuple(VARIANTS),
-        seeds=5,
+        seeds=3,
         model=MODEL,
         recipe={"steps": 500, "batch": 32, "learning_rate": 6e-3, "evaluations": 4, "held_out_batches": 45},
     ),
     "text": Trial(  # a run takes ten times as long
         variants=(
             *("widenet", "shared-norms", "dense", "dense-shared-norms", "unshared-dense"),
-            *("experts-8", "experts-16", "top-1"),
+            *("experts-8", "experts-16", "top-1", "groups-1", "capacity-1.0"),
         ),
         seeds=3,
         model={**MODEL, "embedding_size": 48, "dropout": 0.0, "attention_dropout": 0.0},

@@ -1,6 +1,6 @@
 """Train the paper's ablations on digits and on real text, and say which of its claims show at this size.
 
-    python examples/paper_claims.py            # 15 variants on digits, 8 on text, 5 and 3 seeds; resumed run by run
+    python examples/paper_claims.py            # 15 variants on digits, 10 on text, 3 seeds; resumed run by run
     python examples/paper_claims.py --short    # whether all of it works
 
 Go Wider Instead of Deeper (Xue et al. 2021, arXiv 2107.11817) on two tasks that a small computer can learn: 8 x 8
