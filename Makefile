@@ -16,7 +16,7 @@ demo: $(VENV)/installed  ## train a WideNet on real handwritten digits through t
 	$(BIN)/python examples/train_digits.py --epochs $(EPOCHS) --out $(OUT)
 
 claims: OUT ?= out/claims
-claims: $(VENV)/installed  ## the paper's ablations on digits and text, a table and pictures; half an hour, resumed if cut off
+claims: $(VENV)/installed  ## the paper's ablations on digits and text, a table and pictures; forty minutes, resumed if cut off
 	$(BIN)/python examples/paper_claims.py --out $(OUT)
 
 test: $(VENV)/installed  ## the whole test suite, sanitizers included; then the Triton kernels under their interpreter
