@@ -269,9 +269,9 @@ SPREAD = (
 )
 CONTEXT = (
     "Who looks at no other piece than the one asked for, which in one case of ten stands there as it is, can have an "
-    "accuracy of {accuracy} % and a loss of {loss}. {better} of {all} networks have a lower loss. Where one has no lower "
-    "loss, nothing shows that it learned how pieces go together, and its difference from another says nothing of what "
-    "such learning takes."
+    "accuracy of {accuracy} % and a loss of {loss}. {better} of {all} networks have a lower loss. Where one has no "
+    "lower loss, nothing shows that it learned how pieces go together, and its difference from another says nothing of "
+    "what such learning takes."
 )
 RULE = (
     "Differences are in favour of the claim where positive; accuracy in points, gamma and beta in 1e-3. They are "
