@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) route_backward_kernel(Route
   const int64_t end = begin + kTokensOfPart < args.num_tokens ? begin + kTokensOfPart : args.num_tokens;
   const auto* x = static_cast<const Pack<T, kColumns>*>(args.x) + piece;
   auto* grad_x = static_cast<Pack<T, kColumns>*>(args.grad_x) + piece;
+  constexpr int kTokensAtATime = kExperts > 4 ? 16 / kExperts : 3;  // that 128 registers hold, on sm_100 too
   A weight[kExperts][kColumns] = {}, total[kExperts][kColumns] = {};
 #pragma unroll
   for (int e = 0; e < kExperts; ++e) {
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) route_backward_kernel(Route
       weight[e][i] = static_cast<const A*>(args.router_weight)[e * args.dim + piece * kColumns + i];
     }
   }
-#pragma unroll(16 / kExperts)
+#pragma unroll(kTokensAtATime)
   for (int64_t token = begin; token < end; ++token) {
     A grad[kExperts];
     bool asked = false;
