@@ -226,7 +226,7 @@ def test_tiles(product, activation):
     assert default["contender"].startswith("default ")
     assert all(row["relative_error"] < 1e-5 for row in candidates)
     assert [str(tile) for tile in launched] == [candidates[-1]["contender"]]
-    assert sweeps.grouped_gemm.choose_tile is sweeps.moe.choose_tile is sweeps.tiles.choose_tile
+    assert sweeps.grouped_gemm.choose_tile is sweeps.tiles.choose_tile
 
 
 def test_a_stages_tensors_are_foreseen_and_made_when_there_is_room():
