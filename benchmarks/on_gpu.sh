@@ -22,7 +22,7 @@
 #   products        45  bench: each product alone against a dense one, gradients alone, gate and plan many in one graph
 #   stages          45  bench: the stages of the layer
 #   graph           30  the whole layer as a CUDA graph, replayed on new data, against eager calls
-#   tests           90  pytest -m gpu in many processes, the contract of tests/conformance first, as many as there is time for
+#   tests           90  pytest -m gpu in many processes, tests/conformance first, as many as there is time for
 #   sweeps          60  bench: tile sizes for every form of GEMM
 #   memcheck        35  compute-sanitizer over a small set
 #   racecheck       20  the same for races, if memcheck could run

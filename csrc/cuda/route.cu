@@ -21,13 +21,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) route_backward_kernel(Route
   const int64_t begin = part * kTokensOfPart, num_experts = args.num_experts;
   if (begin >= args.num_tokens || piece >= pieces) return;
   const int64_t end = begin + kTokensOfPart < args.num_tokens ? begin + kTokensOfPart : args.num_tokens;
-  const auto* x = static_cast<const Pack<T, kColumns>*>(args.x) + piece;
-  auto* grad_x = static_cast<Pack<T, kColumns>*>(args.grad_x) + piece;
+  const auto* x = static_cast<const Pack<T, kColumns>*>(args.x);
+  auto* grad_x = static_cast<Pack<T, kColumns>*>(args.grad_x);
   constexpr int kTokensAtATime = kExperts > 4 ? 16 / kExperts : 3;  // that 128 registers hold, on sm_100 too
   A weight[kExperts][kColumns] = {}, total[kExperts][kColumns] = {};
 #pragma unroll
   for (int e = 0; e < kExperts; ++e) {
-    if (e >= num_experts || !args.grad_x) continue;
+    if (e >= num_experts || !grad_x) continue;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       weight[e][i] = static_cast<const A*>(args.router_weight)[e * args.dim + piece * kColumns + i];
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) route_backward_kernel(Route
       grad[e] = e < num_experts ? static_cast<const A*>(args.grad)[token * num_experts + e] : A{0};
       asked |= grad[e] != A{0};
     }
-    const Pack<T, kColumns> values = partial && asked ? x[token * pieces] : Pack<T, kColumns>{};
+    const Pack<T, kColumns> values = partial && asked ? x[token * pieces + piece] : Pack<T, kColumns>{};
     Pack<T, kColumns> out;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) route_backward_kernel(Route
       }
       out.values[i] = narrow<T>(sum);
     }
-    if (args.grad_x) grad_x[token * pieces] = out;
+    if (grad_x) grad_x[token * pieces + piece] = out;
   }
   if (!partial) return;
 #pragma unroll
@@ -76,8 +76,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kLanes + threadIdx.x % kLanes;
   A total = 0;
 #pragma unroll 4
-  for (int64_t part = threadIdx.x / kLanes; part < num_parts && i < size; part += kWarps)
+  for (int64_t part = threadIdx.x / kLanes; part < num_parts && i < size; part += kWarps) {
     total += partial[part * size + i];
+  }
   of_warps[threadIdx.x] = total;
   __syncthreads();
   if (threadIdx.x >= kLanes || i >= size) return;
@@ -143,7 +144,9 @@ void asked_rows_of(const AskedRowsArgs& args, int64_t num_tokens, cudaStream_t s
 int64_t route_parts(int64_t num_tokens) { return divide_up(num_tokens, kTokensOfPart); }
 
 void route_backward(const RouteBackwardArgs& args, void* partial, cudaStream_t stream) {
-  if (args.num_experts > kFewExperts) throw std::invalid_argument("route_backward: expected at most 16 experts");
+  if (args.num_experts > kFewExperts) {
+    throw std::invalid_argument("route_backward: expected at most 16 experts, got " + std::to_string(args.num_experts));
+  }
   dispatch(args.type, [&](auto type) {
     using T = decltype(type);
     args.math == DType::f64 ? route_backward_of<T, double>(args, partial, stream)

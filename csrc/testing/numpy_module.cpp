@@ -147,36 +147,15 @@ auto route_backward(const array& grad, const array& x, const array& router_weigh
                                shape[1],
                                wanted == RouteGradient::x ? out.data() : nullptr,
                                wanted == RouteGradient::x ? nullptr : out.data()};
-  const Kernels& kernels = kernels_of(level);
-  if (wanted == RouteGradient::x) {
-    run(kernels.route_backward_x, args, shape[0]);
+  if (level == "cuda") {
+    Output partial(math, {cuda::route_parts(shape[0]), num_experts, shape[1]});
+    cuda::route_backward(args, wanted == RouteGradient::x ? nullptr : partial.data(), nullptr);
+  } else if (wanted == RouteGradient::x) {
+    run(kernels_of(level).route_backward_x, args, shape[0]);
   } else {
-    run(kernels.route_backward_weight, args, shape[1]);
+    run(kernels_of(level).route_backward_weight, args, shape[1]);
   }
   return out.result;
-}
-
-// What a GPU does for few experts: both gradients in one pass.
-auto route_backward_fused(const array& grad, const array& x, const array& router_weight) {
-  const DType type = float_dtype("x", x), math = math_dtype("router_weight", router_weight);
-  require(type != DType::f64 || math == DType::f64, "router_weight", "float64, as x is");
-  const Shape shape = shape_of("x", x, 2);
-  const py::ssize_t num_experts = shape_of("router_weight", router_weight, 2)[0];
-  const Shape weight_shape{num_experts, shape[1]};
-  Output grad_x(type, shape), grad_weight(math, weight_shape);
-  Output partial(math, {cuda::route_parts(shape[0]), num_experts, shape[1]});
-  const RouteBackwardArgs args{type,
-                               math,
-                               input("grad", grad, math, {shape[0], num_experts}),
-                               input("x", x, type, shape),
-                               input("router_weight", router_weight, math, weight_shape),
-                               shape[0],
-                               num_experts,
-                               shape[1],
-                               grad_x.data(),
-                               grad_weight.data()};
-  cuda::route_backward(args, partial.data(), nullptr);
-  return py::make_tuple(grad_x.result, grad_weight.result);
 }
 
 auto asked_rows(const array& grad, const array& x) {
@@ -427,7 +406,6 @@ PYBIND11_MODULE(_numpy_kernels, m) {
   m.def("route", &route, "x"_a, "router_weight"_a, level);
   m.def("route_backward_x", &route_backward<RouteGradient::x>, "grad"_a, "x"_a, "router_weight"_a, level);
   m.def("route_backward_weight", &route_backward<RouteGradient::weight>, "grad"_a, "x"_a, "router_weight"_a, level);
-  m.def("route_backward_fused", &route_backward_fused, "grad"_a, "x"_a, "router_weight"_a);
   m.def("asked_rows", &asked_rows, "grad"_a, "x"_a);
   m.def("plan_routing", &plan, "expert_index"_a, "num_experts"_a, optional("capacity"), "priority"_a = "choice",
         optional("score"), optional("order"), level);

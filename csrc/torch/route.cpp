@@ -1,5 +1,3 @@
-#include <array>
-
 #include "device.h"
 #include "stages.h"
 
@@ -14,15 +12,12 @@ using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 // Torch's GEMM, as the out= form: autocast leaves that one alone. 16-bit operands may have an fp32 result.
 void mm_out(const char* op, const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
-  if (out.scalar_type() == a.scalar_type()) {
-    std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-    call_torch(op, "aten::mm", "out", stack.data());
-    torch::stable::detail::to<Tensor>(stack[0]);  // out again, which is owned here now
-  } else {
-    std::array<StableIValue, 4> stack{from(a), from(b), from(out.scalar_type()), from(out)};
-    call_torch(op, "aten::mm", "dtype_out", stack.data());
-    torch::stable::detail::to<Tensor>(stack[0]);
-  }
+  const bool same = out.scalar_type() == a.scalar_type();
+  std::vector<StableIValue> stack{from(a), from(b)};
+  if (!same) stack.push_back(from(out.scalar_type()));
+  stack.push_back(from(out));
+  call_torch(op, "aten::mm", same ? "out" : "dtype_out", stack.data());
+  torch::stable::detail::to<Tensor>(stack[0]);  // out again, which is owned here now
 }
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }

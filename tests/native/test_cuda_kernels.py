@@ -126,23 +126,30 @@ def test_accesses_of_every_width(kernels, dtype, dim, offset):
     torch.testing.assert_close(kernels.combine(rows, weight, plan.choice_row), expected)
 
 
-@pytest.mark.parametrize(("num_experts", "dim"), [(1, 1), (3, 37), (4, 600), (5, 64), (8, 264), (13, 70), (16, 48)])
+@pytest.mark.parametrize(
+    ("num_experts", "dim"), [(1, 1), (2, 0), (3, 37), (4, 600), (5, 64), (8, 264), (13, 70), (16, 48)]
+)
+@of_math
 @shared.of_dtype
-def test_route_backward_fused(module, kernels, dtype, num_experts, dim):
+def test_route_backward(kernels, dtype, wide, num_experts, dim):
     """Parts of the tokens that are full and one that is not; tokens that asked for nothing hold NaN."""
-    math, num_tokens = math_dtype(dtype), 150
-    grad, router_weight = (
-        inputs.normal(num_tokens, num_experts, seed=3, dtype=math),
-        inputs.normal(num_experts, dim, seed=1, dtype=math),
-    )
+    math, num_tokens = torch.float64 if wide else math_dtype(dtype), 150
+    grad = inputs.normal(num_tokens, num_experts, seed=3, dtype=math)
+    router_weight = inputs.normal(num_experts, dim, seed=1, dtype=math)
     grad[::7] = 0
     x = inputs.normal(num_tokens, dim, seed=2, dtype=dtype)
-    wide = x.masked_fill((grad == 0).all(dim=1, keepdim=True), 0)
+    x[::7] = 0
+    exact_x, exact_weight = grad.double() @ router_weight.double(), grad.double().t() @ x.double()
+    plain_x, plain_weight = (grad @ router_weight).to(dtype), grad.t() @ x.to(math)
     x[::7] = float("nan")
-    found = map(to_torch, module.route_backward_fused(*map(to_numpy, (grad, x, router_weight))))
-    for out, (a, b), result in zip(found, ((grad, router_weight), (grad.t(), wide)), (dtype, math), strict=True):
-        plain = (a.to(math) @ b.to(math)).to(result)
-        shared.assert_good(out, plain, a.double() @ b.double())
+    shared.assert_good(kernels.route_backward_x(grad, x, router_weight), plain_x, exact_x)
+    shared.assert_good(kernels.route_backward_weight(grad, x, router_weight), plain_weight, exact_weight)
+
+
+def test_many_experts_are_refused(kernels):
+    grad, x, router_weight = torch.ones(3, 17), torch.ones(3, 8), torch.ones(17, 8)
+    with pytest.raises(ValueError, match="route_backward: expected at most 16 experts, got 17"):
+        kernels.route_backward_x(grad, x, router_weight)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 8, 37])

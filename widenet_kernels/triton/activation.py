@@ -22,7 +22,7 @@ TANH_SCALE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi): 0.5 (1 + tanh(u
 TANH_CUBIC = tl.constexpr(0.044715)
 
 
-def constants(activation: str, dtype: torch.dtype) -> dict[str, Any]:
+def activation_constants(activation: str, dtype: torch.dtype) -> dict[str, Any]:
     """ACTIVATION and GLU of a kernel whose results are of this dtype."""
     name = GATED.get(activation, activation)
     short = name == "gelu" and dtype.itemsize == 2
@@ -234,7 +234,7 @@ def activation_backward(
             out.dz, out.scaled, out.dots, out.partial, expert_begin, expert_count,
             num_rows, 0 if weight is None else weight.numel(), hidden,
             E=num_experts, K=1 if weight is None else weight.shape[1], SUM=sum_dtype(like),
-            **constants(activation, like.dtype), BLOCK_M=SLOT, BLOCK_N=block_n, num_warps=8,
+            **activation_constants(activation, like.dtype), BLOCK_M=SLOT, BLOCK_N=block_n, num_warps=8,
         )  # fmt: skip
     return out
 

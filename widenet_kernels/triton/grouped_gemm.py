@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from widenet_kernels.routing import GATED
-from widenet_kernels.triton.activation import activate, activation_backward, constants, sum_slots
+from widenet_kernels.triton.activation import activate, activation_backward, activation_constants, sum_slots
 from widenet_kernels.triton.tiles import (
     Problem,
     Tile,
@@ -177,7 +177,7 @@ def multiply(
         operands[0], *a.stride(), operands[1], *weight.stride(), bias, *((0, 0) if bias is None else bias.stride()),
         out, z if save else None, expert_begin, expert_count, num_rows, num_slots, columns, depth,
         E=num_experts, CLEAR=clear, SUM=sum_dtype(a), PRECISION=precision, EVEN_K=depth % tile.block_k == 0,
-        DESCRIBED=described, **constants(activation, a.dtype), **tile.launch(),
+        DESCRIBED=described, **activation_constants(activation, a.dtype), **tile.launch(),
     )  # fmt: skip
     return out, z
 
