@@ -54,19 +54,19 @@ def bell(z):
 
 @triton.jit
 def short_normal_cdf(z):
-    """The normal distribution's, off by 1e-5 of the tail beyond abs(z) <= 8: rounding to 16 bits is 5e-4 and more.
+    """The normal distribution's, off by 1.3e-5 of the tail up to abs(z) = 7: rounding to 16 bits is 2.4e-4 and more.
 
-    The tail is a polynomial in t = 1 / (1 + p abs(z)) times exp(-z^2 / 2), the form of Abramowitz and Stegun 7.1.26,
-    its coefficients fitted to the least relative error. It takes a third of erf's instructions, and its exponential is
-    the derivative's too.
+    The tail's logarithm is smooth: a polynomial of it, of the least relative error of the tail on [0, 7] (2e-3 at 8,
+    falling to nothing beyond), takes a third of erf's instructions.
     """
-    t = inverse(1.0 + 0.31 * tl.abs(z))
-    tail = 0.180453674027 - 0.0739304965363 * t
-    tail = 0.0157419178486 + tail * t
-    tail = 0.1334306350758 + tail * t
-    tail = 0.1204412627476 + tail * t
-    tail = 0.1238606801467 + tail * t
-    tail = tail * t * bell(z)
+    u = tl.abs(z)
+    tail = 5.615336704067886e-05 - 1.5882166053415858e-06 * u
+    tail = -0.0008832155144773424 + tail * u
+    tail = 0.008303219452500343 + tail * u
+    tail = -0.05350131914019585 + tail * u
+    tail = -0.4589643180370331 + tail * u
+    tail = -1.1510356664657593 + tail * u
+    tail = exp2(-1.0000139474868774 + tail * u)
     return tl.where(z < 0.0, tail, 1.0 - tail)
 
 
