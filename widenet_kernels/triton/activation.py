@@ -141,7 +141,9 @@ def _activation_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """d z and its column sums, weight * act(z), <d act(z), act(z)> over the tile's columns: all of one pass."""
-    slot, tile = tl.program_id(0), tl.program_id(1)
+    # the tiles of a row follow each other: what is in flight lies together in memory
+    tiles = tl.cdiv(F, BLOCK_N)
+    slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     _, first_row, served, _ = find_rows(slot, expert_begin_ptr, expert_count_ptr, num_rows, E, BLOCK_M)
     if first_row >= served:
         return
@@ -217,7 +219,7 @@ def activation_backward(
     like = z if grad is None else grad
     num_rows, width = (z if activation else like).shape
     hidden, num_experts = width // 2 if activation in GATED else width, expert_begin.shape[0]
-    block_n = 32 if like.dtype == torch.float64 else 128  # what a thread's registers hold
+    block_n = 32 if like.dtype == torch.float64 else 64  # what a thread's registers hold
     tiles = triton.cdiv(hidden, block_n)
     sums = torch.float64 if like.dtype == torch.float64 else torch.float32
     out = Gradient(
@@ -228,13 +230,13 @@ def activation_backward(
     )
     if num_rows and hidden and any(t is not None for t in out):
         weight, row_choice = weights or (None, None)
-        _activation_backward_kernel[num_rows // SLOT + num_experts, tiles](
+        _activation_backward_kernel[((num_rows // SLOT + num_experts) * tiles,)](
             grad, *((0, 0) if grad is None else grad.stride()), z if activation else None,
             weight, *((0, 0) if weight is None else weight.stride()), row_choice,
             out.dz, out.scaled, out.dots, out.partial, expert_begin, expert_count,
             num_rows, 0 if weight is None else weight.numel(), hidden,
             E=num_experts, K=1 if weight is None else weight.shape[1], SUM=sum_dtype(like),
-            **activation_constants(activation, like.dtype), BLOCK_M=SLOT, BLOCK_N=block_n, num_warps=8,
+            **activation_constants(activation, like.dtype), BLOCK_M=SLOT, BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip
     return out
 
