@@ -18,7 +18,7 @@
 #   install-pure    12  only if that failed: without compiled kernels
 #   smoke           80  every op of every backend, forward and backward, against float64
 #   compile         30  Triton's kernels for what is measured, side by side
-#   table           60  bench --shape gpu: the layer and its peers; it prints what there is when its time is up
+#   table          120  bench --shape gpu: the layer and its peers; it prints what there is when its time is up
 #   products        45  bench: each product alone against a dense one, gradients alone, gate and plan many in one graph
 #   stages          45  bench: the stages of the layer
 #   graph           30  the whole layer as a CUDA graph, replayed on new data, against eager calls
@@ -206,7 +206,7 @@ else
   tiles="tiles-first tiles-second tiles-grad_rows tiles-grad_hidden tiles-weight_1 tiles-weight_2"
   stage smoke 80 "$python" -m "$benchmarks.gpu_sanitize" --large --jobs 4 --json "$results"
   stage compile 30 bash -c "python=$python; $(declare -f compile); compile 'layer products' '$shapes small'"
-  bench table 60 --bench ceilings layer --shape gpu --seconds 0.5
+  bench table 120 --bench ceilings layer --shape gpu --seconds 0.3
   bench products 45 --bench products backward launches --shape $shapes --seconds 0.3
   bench stages 45 --bench gate plan route permute grouped_gemm combine --shape $shapes --seconds 0.3
   stage graph 30 "$python" -m "$benchmarks.gpu_graph" --jobs 8 --json "$results"
