@@ -275,7 +275,7 @@ class Peer(NamedTuple):
     memory: Callable[[Inputs], float]  # bytes, about, that one call forward and backward needs
     flops: Callable[[Inputs], float] = lambda inputs: 0.0  # of one forward pass beside the experts' products
     package: str | None = None  # that it needs
-    graph: bool = True  # False: it waits for the GPU, so that no CUDA graph can hold it
+    graph: bool = True  # False: no CUDA graph can hold it, as it waits for the GPU; an attempt can spoil what follows
 
     @property
     def installed(self) -> bool:
@@ -294,7 +294,7 @@ PEERS: Mapping[str, Peer] = {
     "torch.bmm": Peer(bmm, lambda inputs: rows_bytes(inputs, inputs.case.E * buffer_rows(inputs))),
     "torch grouped_mm": Peer(grouped_mm, lambda inputs: rows_bytes(inputs, inputs.served)),
     "st-moe-pytorch": Peer(
-        st_moe, lambda inputs: one_hot_bytes(inputs, 2 * inputs.case.K + 3), dispatch_flops
+        st_moe, lambda inputs: one_hot_bytes(inputs, 2 * inputs.case.K + 3), dispatch_flops, graph=False
     ),
 }  # fmt: skip
 

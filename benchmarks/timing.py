@@ -7,7 +7,7 @@ work and not the host's; what cannot be captured is timed as it is launched, and
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,9 +204,10 @@ def measure(
         except Unavailable as why:
             row["why"] = str(why)
         except Exception as error:  # a contender that cannot run here stops no other
-            row["why"] = f"{type(error).__name__}: {one_line(error)[:300]}"
+            row["why"] = described(error)
     try:
-        interleaved(calls, clock, budget.seconds, samples, progress)
+        for name, failure in interleaved(calls, clock, budget.seconds, samples, progress):
+            rows[name] = {"why": described(failure)}
     finally:
         repeats = {contender.name: contender.repeat for contender in contenders}
         for name, times in samples.items():
@@ -215,17 +216,21 @@ def measure(
 
 
 def interleaved(
-    calls: Mapping[str, Call], clock: Clock, seconds: float, samples: Mapping[str, list[float]],
+    calls: dict[str, Call], clock: Clock, seconds: float, samples: dict[str, list[float]],
     progress: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Rounds in which each has one turn."""
+) -> Iterator[tuple[str, Exception]]:  # fmt: skip
+    """Rounds in which each has one turn. Whose call fails is yielded, and has no further turns and no samples."""
     start = time.perf_counter()
-    for number in range(MOST_ROUNDS if calls else 0):
-        if number >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+    for number in range(MOST_ROUNDS):
+        if not calls or (number >= LEAST_ROUNDS and time.perf_counter() - start > seconds):
             return
-        for name, call in calls.items():
+        for name, call in list(calls.items()):
             progress(f"{name}, round {number + 1}")
-            samples[name].append(clock.turn(call))
+            try:
+                samples[name].append(clock.turn(call))
+            except Exception as error:
+                del calls[name], samples[name]
+                yield name, error
 
 
 def check_cost(contender: Contender, dtype: torch.dtype, clock: Clock, patience: float) -> None:
@@ -258,6 +263,10 @@ def summary(times: list[float], repeat: int = 1) -> Row:
     figures = {"ms": statistics.median(times), "lowest_ms": min(times), "spread_ms": high - low}
     scaled = {name: value / repeat for name, value in figures.items()}
     return scaled | {"rounds": len(times), "turns_ms": [ms / repeat for ms in times]}
+
+
+def described(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)[:300]}"
 
 
 def one_line(error: Exception) -> str:

@@ -26,7 +26,7 @@ from widenet_kernels.benchmarks import (
     timing,
 )
 from widenet_kernels.benchmarks.shapes import Case, Inputs
-from widenet_kernels.benchmarks.timing import Budget, Clock, Contender, Unavailable, measure
+from widenet_kernels.benchmarks.timing import LEAST_ROUNDS, Budget, Clock, Contender, Unavailable, measure
 from widenet_kernels.models import WideNetConfig
 
 TINY = Case("tiny", 24, 16, 24, 4, 2)
@@ -83,6 +83,18 @@ def test_what_cannot_run_says_why_and_stops_no_other():
     assert rows["broken"]["why"] == "RuntimeError: no such kernel"
     assert rows["absent"]["why"] == "not installed"
     assert rows["good"]["ms"] >= 0
+
+
+def test_what_fails_in_a_later_round_stops_no_other():
+    calls = itertools.count()
+
+    def fails_late():
+        if next(calls) > 4:
+            raise RuntimeError("out of luck")
+
+    rows = measured(contender("late", fails_late), contender("works"))
+    assert rows["late"] == {"why": "RuntimeError: out of luck"}
+    assert len(rows["works"]["turns_ms"]) == LEAST_ROUNDS
 
 
 def test_what_takes_too_long_is_called_once():
