@@ -29,7 +29,7 @@ def test_as_near_as_it_says():
     z = torch.linspace(-8, 8, 40_001)
     exact = 0.5 * torch.erfc(-z.double() * 0.5**0.5)
     error = (normal_cdf(z) - exact).abs()
-    assert (error / exact)[(-7 <= z) & (z < 0)].max() < 1.3e-5
+    assert (error / exact)[(z >= -7) & (z < 0)].max() < 1.3e-5
     assert (error / exact)[z < 0].max() < 2e-3
     assert error[z >= 0].max() < 0.6e-5
 
@@ -38,7 +38,8 @@ def test_falls_beyond():
     """A polynomial could turn back."""
     z = -torch.logspace(0, 30, 2000)
     tail = normal_cdf(z)
-    assert (tail.diff() <= 0).all() and (tail[z < -14] == 0).all()
+    assert (tail.diff() <= 0).all()
+    assert (tail[z < -14] == 0).all()
 
 
 def test_ends():
