@@ -59,18 +59,21 @@ def describe(found: Any) -> str:
     return "a file that names no format" if found is None else f"format {found!r}"
 
 
-def newest(folder: Path, device: str) -> Path | None:
-    """The result file of a device's layer with the latest date, the last by name of those; files of another format do
-    not count."""
-    dates = {}
-    for path in sorted(folder.glob("*.json")):
+def newest(folder: Path, device: str) -> list[Path]:
+    """The result files of a device's layer with the latest date, the last by name of those: one of a CPU, or one of
+    each GPU, the newest first; files of another format do not count."""
+    found = {}
+    for path in folder.glob("*.json"):
         try:
             results = load(path)
         except ValueError:
             continue
         if timed(results.rows, bench="layer", device=device):
-            dates[path] = results.machine["date"]
-    return max(dates, key=lambda path: (dates[path], path.name)) if dates else None
+            found[path] = results.machine
+    latest: dict[str | None, Path] = {}
+    for path in sorted(found, key=lambda path: (found[path]["date"], path.name), reverse=True):
+        latest.setdefault(None if device == "cpu" else found[path]["gpu"], path)
+    return list(latest.values())
 
 
 def key(row: Row) -> tuple:

@@ -96,16 +96,20 @@ def replaced(text: str, device: str, content: str) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    results, place = options.results, options.write
-    if not devices(results):
-        sys.exit(f"bench table: {results.path} has no time of the layer")
+    place = options.write
     folder = Path.cwd() if place is None else place.resolve().parent
-    tables = {device: render(results, device, folder) for device in devices(results)}
+    tables: dict[str, list[str]] = {}
+    for results in options.results:
+        if not devices(results):
+            sys.exit(f"bench table: {results.path} has no time of the layer")
+        for device in devices(results):
+            tables.setdefault(device, []).append(render(results, device, folder))
+    contents = {device: "\n\n".join(parts) for device, parts in tables.items()}
     if place is None:
-        print("\n\n".join(tables.values()))
+        print("\n\n".join(contents.values()))
         return
     text = place.read_text()
-    for device, content in tables.items():
+    for device, content in contents.items():
         try:
             text = replaced(text, device, content)
         except ValueError as error:
@@ -122,7 +126,8 @@ def markdown(text: str) -> Path:
 
 def add_command(commands: Any) -> None:
     parser = commands.add_parser("table", help="the layer's Markdown table", description=__doc__)
-    parser.add_argument("results", type=as_argument(load), metavar="FILE.json")
+    about = "several of one device: one table after the other"
+    parser.add_argument("results", nargs="+", type=as_argument(load), metavar="FILE.json", help=about)
     about = "put it between {} and {} there, or cuda's, instead of printing it".format(*markers("cpu"))
     parser.add_argument("--write", type=markdown, metavar="README.md", help=about)
     parser.set_defaults(run=run)

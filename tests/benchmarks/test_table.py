@@ -87,20 +87,46 @@ def test_a_file_without_a_time_is_no_table(tmp_path):
     assert "the table" in readme.read_text()
 
 
+def dated(path, date, number=reading.FORMAT, **machine):
+    content = invented.content()
+    content["machine"] |= {"date": date} | machine
+    content["format"] = number
+    if "gpu" in machine:
+        for row in content["rows"]:
+            row["device"] = "cuda"
+    return invented.written(path, content)
+
+
 def test_newest_is_the_latest_date_of_this_format(tmp_path):
-    assert reading.newest(tmp_path, "cpu") is None
+    assert reading.newest(tmp_path, "cpu") == []
     for name, date, number in (("b", "2001-02-03", 1), ("a", "2002-01-01", 1), ("c", "2003-01-01", 2)):
-        content = invented.content()
-        content["machine"]["date"], content["format"] = date, number
-        invented.written(tmp_path / f"{name}.json", content)
-    assert reading.newest(tmp_path, "cpu") == tmp_path / "a.json"
-    assert reading.newest(tmp_path, "cuda") is None
+        dated(tmp_path / f"{name}.json", date, number)
+    assert reading.newest(tmp_path, "cpu") == [tmp_path / "a.json"]
+    assert reading.newest(tmp_path, "cuda") == []
+
+
+def test_newest_of_every_gpu(tmp_path):
+    for name, date, gpu in (("a", "2001-01-01", "X"), ("b", "2003-01-01", "Y"), ("c", "2002-01-01", "X")):
+        dated(tmp_path / f"{name}.json", date, gpu=gpu)
+    assert reading.newest(tmp_path, "cuda") == [tmp_path / "b.json", tmp_path / "c.json"]
+
+
+def test_several_files_are_one_table_after_the_other(tmp_path):
+    paths = [dated(tmp_path / f"{gpu}.json", "2001-01-01", gpu=gpu) for gpu in ("X", "Y")]
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench cuda -->\n<!-- /bench cuda -->\n")
+    invented.run(table, "table", *paths, "--write", readme)
+    expected = [table.render(reading.load(path), "cuda", tmp_path) for path in paths]
+    assert table.between_markers(readme.read_text(), "cuda") == "\n\n".join(expected)
+    assert expected[0].startswith("X: ")
+    assert expected[1].startswith("Y: ")
 
 
 @pytest.mark.parametrize("of", ["cpu", "cuda"])
-def test_the_readme_has_the_table_of_the_newest_committed_file(of):
-    newest = reading.newest(COMMITTED, of)
-    assert table.between_markers(README, of) == table.render(reading.load(newest), of, ROOT)
+def test_the_readme_has_the_tables_of_the_newest_committed_files(of):
+    newest = [table.render(reading.load(path), of, ROOT) for path in reading.newest(COMMITTED, of)]
+    assert newest
+    assert table.between_markers(README, of) == "\n\n".join(newest)
 
 
 def test_the_pictures_of_the_readme_are_committed():
