@@ -67,12 +67,12 @@ def multiply(products: list[tuple[Tensor, Tensor, Tensor]]) -> None:
 
 def copy(nbytes: float, device: str) -> Callable[[], Tensor]:
     """Moves ``nbytes`` in all: half of them are read, half are written."""
-    size = max(int(nbytes) // 2, 1)
-    source, target = (
-        torch.ones(size, dtype=torch.uint8, device=device),
-        torch.empty(size, dtype=torch.uint8, device=device),
-    )
-    return functools.partial(target.copy_, source)
+    size = max(int(nbytes) // 8, 1)
+    source, target = (make(size, dtype=torch.int32, device=device) for make in (torch.ones, torch.empty))
+    if device == "cpu":
+        return functools.partial(target.copy_, source)
+    # by a kernel: as a node of a CUDA graph, copy_ made 2.4 TB/s on an H100 where it made 3.0 when it was launched
+    return functools.partial(torch.bitwise_not, source, out=target)
 
 
 def empty_call(device: str) -> Callable[[], Tensor]:
