@@ -109,10 +109,16 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
+    """Such as "AMD EPYC, family 26, model 2": the name alone says little on a virtual machine."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    first = cpuinfo.read_text().partition("\n\n")[0].splitlines() if cpuinfo.exists() else []
+    about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
+    if "model name" not in about:
+        return platform.processor()
+    numbers = [
+        f"{key} {about[field]}" for key, field in (("family", "cpu family"), ("model", "model")) if field in about
+    ]
+    return ", ".join([about["model name"], *numbers])
 
 
 def version(package: str) -> str | None:
