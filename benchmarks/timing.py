@@ -36,7 +36,7 @@ class Contender(NamedTuple):
     work: float = 0.0  # FLOPs to foresee its time by
     memory: float = 0.0  # bytes it will need, about
     repeat: int = 1  # the call does the same so many times; times are of one of them
-    graph: bool = True  # whether a CUDA graph of it can be tried: not if it waits for the GPU
+    graph: bool = True  # whether a CUDA graph of it can be tried
 
 
 class Budget(NamedTuple):
@@ -206,8 +206,8 @@ def measure(
         except Exception as error:  # a contender that cannot run here stops no other
             row["why"] = described(error)
     try:
-        for name, failure in interleaved(calls, clock, budget.seconds, samples, progress):
-            rows[name] = {"why": described(failure)}
+        for name, reason in interleaved(calls, clock, budget.seconds, samples, progress):
+            rows[name] = {"why": reason}
     finally:
         repeats = {contender.name: contender.repeat for contender in contenders}
         for name, times in samples.items():
@@ -218,8 +218,8 @@ def measure(
 def interleaved(
     calls: dict[str, Call], clock: Clock, seconds: float, samples: dict[str, list[float]],
     progress: Callable[[str], None],
-) -> Iterator[tuple[str, Exception]]:  # fmt: skip
-    """Rounds in which each has one turn. Whose call fails is yielded, and has no further turns and no samples."""
+) -> Iterator[tuple[str, str]]:  # fmt: skip
+    """Rounds in which each has one turn. Whose call fails is yielded with why, and has no more turns and no samples."""
     start = time.perf_counter()
     for number in range(MOST_ROUNDS):
         if not calls or (number >= LEAST_ROUNDS and time.perf_counter() - start > seconds):
@@ -230,7 +230,9 @@ def interleaved(
                 samples[name].append(clock.turn(call))
             except Exception as error:
                 del calls[name], samples[name]
-                yield name, error
+                why = described(error)
+                yield name, why
+                clock.synchronize()  # raises if the GPU can do no more
 
 
 def check_cost(contender: Contender, dtype: torch.dtype, clock: Clock, patience: float) -> None:
