@@ -22,10 +22,10 @@
 #   products        45  bench: each product alone against a dense one, gradients alone, gate and plan many in one graph
 #   stages          45  bench: the stages of the layer
 #   graph           30  the whole layer as a CUDA graph, replayed on new data, against eager calls
-#   tests           90  pytest -m gpu in many processes, tests/conformance first, as many as there is time for
-#   sweeps          60  bench: tile sizes for every form of GEMM
 #   memcheck        35  compute-sanitizer over a small set
 #   racecheck       20  the same for races, if memcheck could run
+#   tests           90  pytest -m gpu in many processes, tests/conformance first, as many as there is time for
+#   sweeps          60  bench: tile sizes for every form of GEMM
 #
 # Whatever happens, no stage runs past second 525.
 #
@@ -177,7 +177,7 @@ sanitize() {
     return
   fi
   # without the caching allocator every tensor is an allocation whose ends the sanitizer knows
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  local -x PYTORCH_NO_CUDA_MEMORY_CACHING=1
   local options=(--error-exitcode 86 --print-limit 20 --target-processes all)
   stage memcheck 35 "$sanitizer" --tool memcheck "${options[@]}" "$python" -m "$benchmarks.gpu_sanitize"
   if [ "$status" = refused ]; then
@@ -210,9 +210,9 @@ else
   bench products 45 --bench products backward launches --shape $shapes --seconds 0.3
   bench stages 45 --bench gate plan route permute grouped_gemm combine --shape $shapes --seconds 0.3
   stage graph 30 "$python" -m "$benchmarks.gpu_graph" --jobs 8 --json "$results"
+  sanitize
   run_tests
   bench sweeps 60 --bench $tiles --shape $shapes --seconds 0.3
-  sanitize
 fi
 "$python" -m "$benchmarks.gpu_results" summary "$out" | tee "$out/summary.txt"
 ! grep -q '"status": "\(failed\|timed out\)' "$results"
