@@ -109,7 +109,8 @@ def combine_backward(
     """d rows [R, D] and d weight [T, K]: 0 for unused rows and dropped choices; of no elements where not needed."""
     (num_tokens, k), (num_rows, dim) = choice_row.shape, rows.shape
     # neighbours in every row: the order of a sum follows from the layout, which Triton chooses by the strides
-    grad, rows = (t if t.stride(1) == 1 else t.contiguous() for t in (grad, rows))
+    grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    rows = rows if rows.stride(1) == 1 or not need_weight else rows.contiguous()
     grad_rows = rows.new_empty(rows.shape if need_rows else 0)
     grad_weight = weight.new_empty(weight.shape if need_weight else 0)
     if grad_rows.numel() or grad_weight.numel():
