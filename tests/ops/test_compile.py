@@ -148,9 +148,9 @@ def test_checkpointing(outside, device, backend):
     results = []
     for function in (compiled, run):
         with torch._inductor.config.patch(fallback_random=True):
-            function(x)  # compiling may draw too
-        torch.manual_seed(1)
-        results.append(step(function, layer, x))
+            step(function, layer, x)  # compiling may draw too
+            torch.manual_seed(1)
+            results.append(step(function, layer, x))
     assert_close(results[1], results[0])
 
 
