@@ -71,7 +71,7 @@ def copy(nbytes: float, device: str) -> Callable[[], Tensor]:
     source, target = (make(size, dtype=torch.int32, device=device) for make in (torch.ones, torch.empty))
     if device == "cpu":
         return functools.partial(target.copy_, source)
-    # by a kernel: as a node of a CUDA graph, copy_ made 2.4 TB/s on an H100 where it made 3.0 when it was launched
+    # by a kernel, as what it is held against; in a CUDA graph copy_ is a node of its own kind
     return functools.partial(torch.bitwise_not, source, out=target)
 
 

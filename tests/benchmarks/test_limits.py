@@ -101,6 +101,11 @@ def test_a_copy_moves_so_many_bytes():
     assert torch.equal(source, target)
 
 
+def test_a_copy_on_another_device_moves_as_many():
+    copy = limits.copy(1000, "meta")
+    assert copy.args[0].nbytes + copy().nbytes == 1000
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_bytes_of_the_routings_backward(normalize):
     inputs = Inputs(Case("counted", 40, 16, 24, 4, 2, 0.5, normalize=normalize), "cpu", torch.bfloat16)

@@ -1,4 +1,4 @@
-"""bench table on an invented file, and the README's own table against the newest committed file."""
+"""bench table on an invented file, and the README's own tables against the newest committed files."""
 
 import re
 from pathlib import Path
