@@ -6,46 +6,29 @@
 // x kTileColumns sums stay in registers for a piece. 2 M N K flops; a and b are read once and written once as floats,
 // out is read and written once for each piece of K. The pieces are the same whatever the threads do, so the bits are
 // too.
-//
-// Where there is an instruction that adds two products of bf16 to a sum (AVX512_BF16), bf16 is packed in pairs, two
-// neighbours of K in the place of a float; elsewhere, and fp16, as floats.
 #include <algorithm>
-#include <utility>
+#include <optional>
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
 #include "levels.h"
-#include "vector.h"
+#include "pack.h"
 
 namespace widenet::WIDENET_LEVEL {
 namespace {
 
-using Vector = Lanes<float>::type;
-constexpr int64_t kLanes = Lanes<float>::size;
 constexpr int64_t kTileColumns = 2 * kLanes;
 constexpr int64_t kTileRows = WIDENET_REGISTER_BYTES == 64 ? 12 : 6;  // of 32 or 16 registers, with b and a factor
 constexpr int64_t kDepth =
     WIDENET_REGISTER_BYTES == 64 ? 256 : 192;  // of products summed in turn: the error grows with it
 constexpr int64_t kBlockColumns = 256;
+constexpr int64_t kFewRows = 8 * kTileRows;
 static_assert(kBlockColumns % kTileColumns == 0);
-
-// How many neighbours of K are packed as one.
-template <class T>
-constexpr int64_t kPair = 1;
-#ifdef __AVX512BF16__
-template <>
-constexpr int64_t kPair<bfloat16> = 2;
-#endif
 
 // For an out of bf16, whose rounding is more than the error of a long sum: then few sums go to memory, or none.
 constexpr int64_t kBf16Depth = kPair<bfloat16> == 2 ? 768 : kDepth;
-
-template <class T>
-constexpr int64_t steps(int64_t depth) {
-  return (depth + kPair<T> - 1) / kPair<T>;
-}
 
 struct Range {
   int64_t begin, end;
@@ -58,129 +41,37 @@ Range part(int64_t i, int64_t n, int64_t size, int64_t unit) {
   return {std::min(units * i / n * unit, size), std::min(units * (i + 1) / n * unit, size)};
 }
 
-// The lanes of a and b in turn, from lane `first` on.
-template <int64_t first, class V, size_t... i>
-V interleave(V a, V b, std::index_sequence<i...>) {
-  return __builtin_shufflevector(a, b, (first + i / 2 + i % 2 * sizeof...(i))...);
-}
-
-// n vectors of n lanes become their transpose: log n times every vector is interleaved with its partner half way on.
-void transpose(Vector* v) {
-  constexpr std::make_index_sequence<kLanes> lanes;
-  for (int64_t step = 1; step < kLanes; step *= 2) {
-    Vector next[kLanes];
-    for (int64_t i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = interleave<0>(v[i], v[i + kLanes / 2], lanes);
-      next[2 * i + 1] = interleave<kLanes / 2>(v[i], v[i + kLanes / 2], lanes);
-    }
-    for (int64_t i = 0; i < kLanes; ++i) v[i] = next[i];
-  }
-}
-
-// What the next panel will read there, to the second-level cache. A hint: at the end of a tensor nothing is accessed.
-inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
-
-// What is packed of a line at p, of which `left` are left along K: a float, or the bits of a pair (0 behind the end).
-template <class T>
-float packed_of(const T* at, int64_t depth_stride, int64_t left) {
-  if constexpr (kPair<T> == 1) {
-    return widen(*at);
-  } else {
-    const uint32_t second = left > 1 ? 0xffff0000u : 0;
-    return std::bit_cast<float>(static_cast<uint32_t>(at[0]) |
-                                ((static_cast<uint32_t>(at[left > 1 ? depth_stride : 0]) << 16) & second));
-  }
-}
-
-// The same for whole vectors of neighbours along K.
-template <class T>
-Vector packed_of(const T* at) {
-  if constexpr (kPair<T> == 1) {
-    return load<float>(at);
-  } else {
-    Vector pairs;
-    std::memcpy(&pairs, at, sizeof(pairs));
-    return pairs;
-  }
-}
-
-// Lines side by side, as many as fill panels of `width`, the last with zeros:
-// packed[panel][p][i] = from[(panel * width + i) * stride + p * depth_stride], or pairs of them.
-template <class T>
-struct Lines {
-  const T* from;
-  int64_t count, stride, depth, depth_stride;
-};
-
-// Neighbours in memory are neighbours in a panel: from end to end through memory, which is read ahead of its use.
-template <int64_t width, class T>
-void pack_side_by_side(const Lines<T>& lines, float* packed) {
-  constexpr int64_t kAhead = 8;
-  const int64_t whole = lines.count / width * width;
-  for (int64_t p = 0; p < lines.depth; p += kPair<T>) {
-    const T* from = lines.from + p * lines.depth_stride;
-    for (int64_t first = 0; first < whole; first += width) {
-      if (p + kAhead < lines.depth) __builtin_prefetch(from + kAhead * lines.depth_stride + first);
-      float* to = packed + first * steps<T>(lines.depth) + p / kPair<T> * width;
-      for (int64_t i = 0; i < width; ++i) to[i] = packed_of(from + first + i, lines.depth_stride, lines.depth - p);
-    }
-  }
-}
-
-// A panel of lines that each lie in one piece, as far as whole squares go: they are transposed in registers. Where a
-// square is wider than the panel, what is written over its edge is written again by the next line, but for the last.
-// How many steps along K were taken is returned.
-template <int64_t width, class T>
-int64_t pack_transposed(const Lines<T>& lines, float* packed) {
-  constexpr int64_t squares = (width + kLanes - 1) / kLanes, over = squares * kLanes - width;
-  int64_t p = 0;
-  if (squares > 1 && over > 0) return p;  // the edge of a line would be written after the next one
-  for (; p + kLanes + (over + width - 1) / width <= lines.depth / kPair<T>; p += kLanes) {
-    for (int64_t first = 0; first < width; first += kLanes) {
-      Vector square[kLanes] = {};
-      for (int64_t i = 0; i < kLanes && first + i < width; ++i) {
-        const T* from = lines.from + (first + i) * lines.stride + p * kPair<T>;
-        square[i] = packed_of(from);
-        prefetch(from + width * lines.stride);
-      }
-      transpose(square);
-      for (int64_t i = 0; i < kLanes; ++i) std::memcpy(packed + (p + i) * width + first, &square[i], sizeof(Vector));
-    }
-  }
-  return p;
-}
-
-template <int64_t width, class T>
-void pack(const Lines<T>& lines, float* packed) {
-  int64_t first = 0;
-  if (lines.stride == 1) {
-    pack_side_by_side<width>(lines, packed);
-    first = lines.count / width * width;
-  }
-  for (; first < lines.count; first += width) {
-    const T* from = lines.from + first * lines.stride;
-    const int64_t count = std::min(width, lines.count - first);
-    float* panel = packed + first * steps<T>(lines.depth);
-    int64_t p = 0;
-    if (count == width && lines.depth_stride == 1) {
-      p = pack_transposed<width>(Lines<T>{from, width, lines.stride, lines.depth, 1}, panel);
-    }
-    for (; p < steps<T>(lines.depth); ++p) {
-      const T* at = from + p * kPair<T> * lines.depth_stride;
-      for (int64_t i = 0; i < width; ++i) {
-        const int64_t left = lines.depth - p * kPair<T>;
-        panel[p * width + i] = i < count ? packed_of(at + i * lines.stride, lines.depth_stride, left) : 0;
-      }
-    }
-  }
-}
-
 // Where a tile's b comes from, a pair of vectors for each p: packed, or as it lies in memory, packed on the way.
 struct Packed {
   const float* panel;
   void read(int64_t p, Vector& b0, Vector& b1) const {
     b0 = load<float>(panel + p * kTileColumns);
     b1 = load<float>(panel + p * kTileColumns + kLanes);
+  }
+};
+
+// What the next block will read of b, fetched in the order of memory, a line at each step of this one.
+struct Ahead {
+  const char* row = nullptr;
+  int64_t row_bytes = 0, stride = 0, rows = 0, at = 0;
+
+  void fetch() {
+    if (rows == 0) return;
+    prefetch(row + at);
+    at += kLine;
+    if (at < row_bytes) return;
+    at = 0;
+    row += stride;
+    --rows;
+  }
+};
+
+struct PackedAndAhead {
+  Packed packed;
+  Ahead& ahead;
+  void read(int64_t p, Vector& b0, Vector& b1) const {
+    ahead.fetch();
+    packed.read(p, b0, b1);
   }
 };
 
@@ -192,26 +83,19 @@ struct Unpacked {
   void read(int64_t p, Vector& b0, Vector& b1) const {
     const T* row = from + p * kPair<T> * stride;
     for (int64_t q = 0; q < kPair<T>; ++q) {
-      for (int64_t i = 0; i < kTileColumns; i += 64 / sizeof(T)) prefetch(row + q * stride + kTileColumns + i);
+      for (int64_t i = 0; i < kTileColumns; i += kLine / sizeof(T)) prefetch(row + q * stride + kTileColumns + i);
     }
     if constexpr (kPair<T> == 1) {
       b0 = load<float>(row);
       b1 = load<float>(row + kLanes);
     } else {
-      read_pairs(row, stride, p * kPair<T> + 1 < depth, b0, b1);
+      const Pairs<kTileColumns> pairs(row, p * kPair<T> + 1 < depth ? row + stride : nullptr);
+      b0 = std::bit_cast<Vector>(pairs.low);
+      b1 = std::bit_cast<Vector>(pairs.high);
     }
     if (!panel) return;
     std::memcpy(panel + p * kTileColumns, &b0, sizeof(b0));
     std::memcpy(panel + p * kTileColumns + kLanes, &b1, sizeof(b1));
-  }
-  static void read_pairs(const T* row, int64_t stride, bool both, Vector& b0, Vector& b1) {
-    typedef uint16_t Row __attribute__((vector_size(kTileColumns * sizeof(uint16_t))));
-    constexpr std::make_index_sequence<kTileColumns> lanes;
-    Row first, second{};
-    std::memcpy(&first, row, sizeof(first));
-    if (both) std::memcpy(&second, row + stride, sizeof(second));
-    b0 = std::bit_cast<Vector>(interleave<0>(first, second, lanes));
-    b1 = std::bit_cast<Vector>(interleave<kLanes>(first, second, lanes));
   }
 };
 
@@ -315,29 +199,74 @@ void multiply_tile(int64_t depth, const float* a, const B b, const Place<T>& pla
   }
 }
 
-// A block of out, for a piece of K: the rows' tiles of a, each against all of b. Where a row of b lies in one piece,
-// the first tile packs it as it goes; elsewhere it is packed before.
+// A part of out, for a piece of K.
+struct Block {
+  int64_t part;
+  Range rows, columns, piece;
+};
+
+Block first_block(const GemmArgs& args, int64_t i) {
+  return {i,
+          part(i / args.column_parts, args.row_parts, args.m, kTileRows),
+          part(i % args.column_parts, args.column_parts, args.n, kTileColumns),
+          {0, std::min(args.piece, args.k)}};
+}
+
+// All of K of a part, then the next part, as long as it comes before `end`.
+std::optional<Block> next_block(const GemmArgs& args, const Block& block, int64_t end) {
+  if (block.piece.end == args.k) {
+    return block.part + 1 < end ? std::optional(first_block(args, block.part + 1)) : std::nullopt;
+  }
+  Block next = block;
+  next.piece = {block.piece.end, std::min(block.piece.end + args.piece, args.k)};
+  return next;
+}
+
+// The block's b, its columns as lines along K.
 template <class T>
-void multiply_block(const GemmArgs& args, Range rows, Range columns, Range piece, const Lines<T>& b, float* packed_b) {
+Lines<T> lines_of(const GemmArgs& args, const Block& block) {
+  const T* from = static_cast<const T*>(args.b.data) + block.columns.begin * args.b.column_stride +
+                  block.piece.begin * args.b.row_stride;
+  return {from, block.columns.size(), args.b.column_stride, block.piece.size(), args.b.row_stride};
+}
+
+// Few rows take less time than their b takes to come from memory. A single tile of them reads it from there at every
+// step: it leaves no time in which the next could be fetched.
+template <class T>
+Ahead ahead_of(const GemmArgs& args, const std::optional<Block>& block) {
+  const bool few = block && block->rows.size() > kTileRows && block->rows.size() <= kFewRows;
+  if (!few || args.b.column_stride != 1) return {};
+  const Lines<T> b = lines_of<T>(args, *block);
+  constexpr int64_t size = sizeof(T);
+  return {reinterpret_cast<const char*>(b.from), b.count * size, b.depth_stride * size, b.depth};
+}
+
+// The rows' tiles of a, each against all of the block's b. Where a row of b lies in one piece, the first tile packs it
+// as it goes; elsewhere it is packed before.
+template <class T>
+void multiply_block(const GemmArgs& args, const Block& block, float* packed_b, Ahead ahead) {
+  const auto& [_, rows, columns, piece] = block;
+  const Lines<T> b = lines_of<T>(args, block);
   const int64_t padded = (args.m + kTileRows - 1) / kTileRows * kTileRows, depth = steps<T>(piece.size());
   const float* packed_a = args.packed_a + steps<T>(piece.begin) * padded;
   const bool accumulate = args.accumulate || piece.begin > 0;
   T* out = piece.end == args.k ? static_cast<T*>(args.out) : nullptr;
-  const int64_t on_the_way = b.stride == 1 ? columns.size() / kTileColumns * kTileColumns : 0;
+  const int64_t on_the_way = b.stride == 1 ? b.count / kTileColumns * kTileColumns : 0;
   const Lines<T> before{b.from + on_the_way * b.stride, b.count - on_the_way, b.stride, b.depth, b.depth_stride};
   pack<kTileColumns>(before, packed_b + on_the_way * depth);
   for (int64_t i = rows.begin; i < rows.end; i += kTileRows) {
-    for (int64_t j = 0; j < columns.size(); j += kTileColumns) {
+    for (int64_t j = 0; j < b.count; j += kTileColumns) {
       const int64_t column = columns.begin + j;
       const Place<T> place{args.sums + i * args.sums_stride + column, args.sums_stride, accumulate,
                            out ? out + i * args.out_stride + column : nullptr, args.out_stride};
       float* panel = packed_b + j * depth;
-      const auto tile = [&](auto source) {
-        const int64_t height = std::min(kTileRows, rows.end - i), width = columns.size() - j;
-        multiply_tile<T>(depth, packed_a + i * depth, source, place, height, width);
+      const auto tile = [&](const auto& source) {
+        multiply_tile<T>(depth, packed_a + i * depth, source, place, std::min(kTileRows, rows.end - i), b.count - j);
       };
       if (i == rows.begin && j < on_the_way) {
-        tile(Unpacked<T>{b.from + j, b.depth_stride, piece.size(), rows.size() > kTileRows ? panel : nullptr});
+        tile(Unpacked<T>{b.from + j, b.depth_stride, b.depth, rows.size() > kTileRows ? panel : nullptr});
+      } else if (ahead.rows > 0) {
+        tile(PackedAndAhead{panel, ahead});
       } else {
         tile(Packed{panel});
       }
@@ -346,14 +275,11 @@ void multiply_block(const GemmArgs& args, Range rows, Range columns, Range piece
 }
 
 template <class T>
-void multiply_task(const GemmArgs& args, Range rows, Range columns) {
+void multiply_parts(const GemmArgs& args, int64_t begin, int64_t end) {
   alignas(64) float packed_b[std::max(kDepth, steps<bfloat16>(kBf16Depth)) * kBlockColumns];  // floats or pairs
-  const T* b = static_cast<const T*>(args.b.data) + columns.begin * args.b.column_stride;
-  for (Range piece{0, 0}; piece.begin < args.k; piece.begin = piece.end) {
-    piece.end = std::min(piece.begin + args.piece, args.k);
-    const T* from = b + piece.begin * args.b.row_stride;
-    const Lines<T> lines{from, columns.size(), args.b.column_stride, piece.size(), args.b.row_stride};
-    multiply_block(args, rows, columns, piece, lines, packed_b);
+  for (std::optional<Block> block = first_block(args, begin), next; block; block = next) {
+    next = next_block(args, *block, end);
+    multiply_block<T>(args, *block, packed_b, ahead_of<T>(args, next));
   }
 }
 
@@ -367,7 +293,7 @@ void dispatch_float(DType type, F&& f) {
 
 }  // namespace
 
-const GemmTile gemm_tile{kTileRows, kTileColumns, kDepth, kBf16Depth, kBlockColumns};
+const GemmTile gemm_tile{kTileRows, kTileColumns, kDepth, kBf16Depth, kBlockColumns, kFewRows};
 
 void gemm_pack(const GemmArgs& args, int64_t begin, int64_t end) {
   const int64_t padded = (args.m + kTileRows - 1) / kTileRows * kTileRows;
@@ -386,10 +312,7 @@ void gemm_pack(const GemmArgs& args, int64_t begin, int64_t end) {
 
 void gemm(const GemmArgs& args, int64_t begin, int64_t end) {
   dispatch_float(args.type, [&](auto type) {
-    for (int64_t i = begin; i < end; ++i) {
-      multiply_task<decltype(type)>(args, part(i / args.column_parts, args.row_parts, args.m, kTileRows),
-                                    part(i % args.column_parts, args.column_parts, args.n, kTileColumns));
-    }
+    if (begin < end) multiply_parts<decltype(type)>(args, begin, end);
   });
 }
 

@@ -43,7 +43,8 @@ struct Workspace {
 // Every thread a part of out, if there is as much to do, and none with more columns than fit.
 void cut(GemmArgs& args, const GemmTile& tile) {
   const int64_t threads = std::clamp<int64_t>(args.m * args.n * args.k / kLeastWork, 1, num_threads());
-  const int64_t least = ceil_div(args.n, tile.part_columns);
+  const bool few = args.m > tile.rows && args.m <= tile.few_rows;
+  const int64_t least = ceil_div(args.n, few ? tile.part_columns / 2 : tile.part_columns);
   args.column_parts = std::min(ceil_div(least, threads) * threads, ceil_div(args.n, tile.columns));
   args.row_parts = std::min(ceil_div(threads, args.column_parts), ceil_div(args.m, tile.rows));
 }
