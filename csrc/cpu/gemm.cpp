@@ -28,7 +28,7 @@ constexpr int64_t kFewRows = 8 * kTileRows;
 static_assert(kBlockColumns % kTileColumns == 0);
 
 // For an out of bf16, whose rounding is more than the error of a long sum: then few sums go to memory, or none.
-constexpr int64_t kBf16Depth = kPair<bfloat16> == 2 ? 768 : kDepth;
+constexpr int64_t kBf16Depth = kPair<bfloat16> == 2 ? 1024 : kDepth;
 
 struct Range {
   int64_t begin, end;

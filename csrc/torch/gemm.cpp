@@ -43,10 +43,10 @@ bool is_slow_in_torch(ScalarType type) {
 }
 
 // Where both multiply bf16 in pairs, ours reads a b whose rows lie in one piece faster than oneDNN, which is as fast on
-// what has to be transposed; on Intel's CPUs that may have instructions for tiles.
-bool is_faster_in_pairs(const Matrix& a, const Matrix& b) {
+// a b that has to be transposed; on Intel's CPUs that may have instructions for tiles.
+bool is_faster_in_pairs(ScalarType type, const Matrix& b) {
   static const bool in_pairs = kernels().gemm_tile->bf16_depth > kernels().gemm_tile->depth && !is_intel();
-  return in_pairs && a.type == ScalarType::BFloat16 && a.column_stride == 1 && b.column_stride == 1;
+  return in_pairs && type == ScalarType::BFloat16 && b.column_stride == 1;
 }
 
 // A single row is a product with a vector, which torch does at the speed of memory, in float; unless it is so small
@@ -54,7 +54,7 @@ bool is_faster_in_pairs(const Matrix& a, const Matrix& b) {
 bool is_ours(const Matrix& out, const Matrix& a, const Matrix& b) {
   constexpr int64_t kSmall = 1 << 14;
   if (!out.rows || !out.columns || !a.columns || out.column_stride != 1) return false;
-  if (!is_slow_in_torch(a.type) && !is_faster_in_pairs(a, b)) return false;
+  if (!is_slow_in_torch(a.type) && !is_faster_in_pairs(a.type, b)) return false;
   return out.rows > 1 || a.type != ScalarType::Float || a.columns * out.columns <= kSmall;
 }
 

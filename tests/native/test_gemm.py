@@ -10,8 +10,8 @@ from widenet_kernels.testing.numerics import assert_as_good_as, assert_same_bits
 pytestmark = pytest.mark.parametrize("kernels", native.GEMM_LEVELS, indirect=True)
 
 # M, K, N: single elements; a tile of 6 or 12 rows and 16 or 32 columns, one less, one more; pieces of 192 of K, or of
-# 768 in pairs; blocks of 256 columns, or of 128 where rows are few; more rows than are packed at a time (3,072), more of K than is packed at a time
-# beside them.
+# 1,024 in pairs; blocks of 256 columns, or of 128 where rows are few; more rows than are packed at a time (3,072), more
+# of K than is packed at a time beside them.
 SIZES = (
     (1, 1, 1),
     (2, 3, 5),
@@ -22,7 +22,7 @@ SIZES = (
     (25, 600, 257),
     (3073, 9, 17),
     (700, 1030, 40),
-    (25, 801, 70),
+    (25, 1051, 70),
 )
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
