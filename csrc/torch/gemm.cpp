@@ -49,13 +49,9 @@ bool is_faster_in_pairs(ScalarType type, const Matrix& b) {
   return in_pairs && type == ScalarType::BFloat16 && b.column_stride == 1;
 }
 
-// A single row is a product with a vector, which torch does at the speed of memory, in float; unless it is so small
-// that the way to torch is longer.
 bool is_ours(const Matrix& out, const Matrix& a, const Matrix& b) {
-  constexpr int64_t kSmall = 1 << 14;
   if (!out.rows || !out.columns || !a.columns || out.column_stride != 1) return false;
-  if (!is_slow_in_torch(a.type) && !is_faster_in_pairs(a.type, b)) return false;
-  return out.rows > 1 || a.type != ScalarType::Float || a.columns * out.columns <= kSmall;
+  return is_slow_in_torch(a.type) || is_faster_in_pairs(a.type, b);
 }
 
 void own_gemm(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
