@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <optional>
@@ -70,13 +71,15 @@ OptionalTensor to_contiguous(const OptionalTensor& t, Dtype... dtype) {
 }
 
 // New memory in pages of 2 MiB where the system gives them when asked: large tensors are new to the process every time,
-// and to page them in by 4 KiB costs as much as a pass over them.
+// and to page them in by 4 KiB costs as much as a pass over them. Asked for from the page on in which the tensor
+// begins: malloc's own words stand before it, in what may be the first large page.
 inline Tensor in_huge_pages(const Tensor& t) {
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t begin = (first + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (first + t.numel() * t.element_size()) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  constexpr size_t kLargePage = 2 << 20;
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const size_t bytes = t.numel() * t.element_size();
+  if (bytes < kLargePage) return t;
+  const auto first = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), begin = first / page * page;
+  madvise(reinterpret_cast<void*>(begin), first + bytes - begin, MADV_HUGEPAGE);
   return t;
 }
 
