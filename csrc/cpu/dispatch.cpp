@@ -8,7 +8,7 @@ namespace widenet {
     #of_gemm, level::gate, level::gate_backward, level::route, level::route_backward_x, level::route_backward_weight, \
         level::permute, level::combine, level::combine_backward, level::activation, level::activation_backward,       \
         level::column_sum, level::reduce_chunks, level::weight_gradient, level::accumulate, of_gemm::gemm_pack,       \
-        of_gemm::gemm, &of_gemm::gemm_tile                                                                            \
+        of_gemm::gemm, of_gemm::gemm_dots, &of_gemm::gemm_tile                                                        \
   }
 
 std::span<const Kernels> supported_kernels() {

@@ -9,10 +9,6 @@
 #include <algorithm>
 #include <optional>
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 #include "levels.h"
 #include "pack.h"
 
@@ -99,36 +95,6 @@ struct Unpacked {
   }
 };
 
-// sum + a b, of a packed a in all lanes.
-template <class T>
-Vector add_product(Vector sum, const float* a, Vector b) {
-  if constexpr (kPair<T> == 1) {
-    return sum + (*a - Vector{}) * b;
-  } else {
-#ifdef __AVX512BF16__
-    const __m512i pair = _mm512_set1_epi32(std::bit_cast<int32_t>(*a));
-    return std::bit_cast<Vector>(
-        _mm512_dpbf16_ps(std::bit_cast<__m512>(sum), std::bit_cast<__m512bh>(pair), std::bit_cast<__m512bh>(b)));
-#endif
-  }
-}
-
-template <class T>
-void narrow_to(T* out, Vector value) {
-#ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    const auto narrowed = _mm512_cvtneps_pbh(std::bit_cast<__m512>(value));
-    std::memcpy(out, &narrowed, sizeof(narrowed));
-    return;
-  }
-#endif
-  float values[kLanes];  // in memory, or the loop is not vectorised
-  std::memcpy(values, &value, sizeof(value));
-  T narrowed[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) narrowed[i] = narrow<T>(values[i]);
-  std::memcpy(out, narrowed, sizeof(narrowed));
-}
-
 // Where a tile goes: to its float sums or, from the last piece of K, to a narrower out, rows `stride` apart.
 template <class T>
 struct Place {
@@ -168,8 +134,8 @@ __attribute__((noinline)) void multiply(int64_t depth, const float* __restrict a
     b.read(p, b0, b1);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < most_rows; ++i) {
-      sums[i][0] = add_product<T>(sums[i][0], a + p * kTileRows + i, b0);
-      sums[i][1] = add_product<T>(sums[i][1], a + p * kTileRows + i, b1);
+      sums[i][0] = add_products<T>(sums[i][0], broadcast(a[p * kTileRows + i]), b0);
+      sums[i][1] = add_products<T>(sums[i][1], broadcast(a[p * kTileRows + i]), b1);
     }
   }
 #pragma GCC unroll 16
@@ -293,7 +259,7 @@ void dispatch_float(DType type, F&& f) {
 
 }  // namespace
 
-const GemmTile gemm_tile{kTileRows, kTileColumns, kDepth, kBf16Depth, kBlockColumns, kFewRows};
+const GemmTile gemm_tile{kTileRows, kTileColumns, kDepth, kBf16Depth, kBlockColumns, kFewRows, kDotColumns};
 
 void gemm_pack(const GemmArgs& args, int64_t begin, int64_t end) {
   const int64_t padded = (args.m + kTileRows - 1) / kTileRows * kTileRows;

@@ -16,6 +16,12 @@ struct Product {
   int64_t out_stride;
 };
 
+// Whether two neighbours of K are multiplied as one.
+bool multiplies_in_pairs(const Kernels& kernels, DType type);
+
+// Whether the product is taken as it lies: nothing is packed.
+bool by_dots(const Kernels& kernels, const Product& product);
+
 // How many floats multiply() needs to work in.
 int64_t workspace_size(const Kernels& kernels, const Product& product);
 void multiply(const Kernels& kernels, const Product& product, float* workspace);

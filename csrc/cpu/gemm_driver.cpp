@@ -11,6 +11,8 @@ constexpr int64_t kMostRows = 3072;         // of a, packed at a time
 constexpr int64_t kPackedFloats = 1 << 18;  // so much of a, unless one piece of K is more: it stays in cache
 constexpr int64_t kGrain = 1 << 14;         // elements that a thread packs at least
 constexpr int64_t kLeastWork = 1 << 18;     // products for which a thread is worth waking
+constexpr int64_t kDotRows = 72;            // of a at most for which gemm_dots is faster
+constexpr int64_t kDotRowsInPairs = 32;     // where the packed products take half the time
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -49,14 +51,42 @@ void cut(GemmArgs& args, const GemmTile& tile) {
   args.row_parts = std::min(ceil_div(threads, args.column_parts), ceil_div(args.m, tile.rows));
 }
 
+void multiply_by_dots(const Kernels& kernels, const Product& product) {
+  GemmArgs args{};
+  args.type = product.type;
+  args.m = product.m;
+  args.n = product.n;
+  args.k = product.k;
+  args.a = product.a;
+  args.b = product.b;
+  args.out = product.out;
+  args.out_stride = product.out_stride;
+  const int64_t columns = kernels.gemm_tile->dot_columns;
+  parallel_for(args.n / columns, ceil_div(kLeastWork, args.m * args.k * columns),
+               [&](int64_t begin, int64_t end) { kernels.gemm_dots(args, begin, end); });
+}
+
 }  // namespace
 
+bool multiplies_in_pairs(const Kernels& kernels, DType type) {
+  return type == DType::bf16 && kernels.gemm_tile->bf16_depth > kernels.gemm_tile->depth;
+}
+
+bool by_dots(const Kernels& kernels, const Product& product) {
+  const bool along_k = product.a.column_stride == 1 && product.b.row_stride == 1;
+  const bool in_pairs = multiplies_in_pairs(kernels, product.type);
+  if (!along_k || product.accumulate || product.n < kernels.gemm_tile->dot_columns) return false;
+  return in_pairs ? product.m <= kDotRowsInPairs : product.type == DType::f32 && product.m <= kDotRows;
+}
+
 int64_t workspace_size(const Kernels& kernels, const Product& product) {
+  if (by_dots(kernels, product)) return 0;
   const Workspace workspace(*kernels.gemm_tile, product);
   return workspace.packed() + workspace.sums;
 }
 
 void multiply(const Kernels& kernels, const Product& product, float* packed) {
+  if (by_dots(kernels, product)) return multiply_by_dots(kernels, product);
   const GemmTile& tile = *kernels.gemm_tile;
   const Workspace workspace(tile, product);
   const bool narrow = product.out_type != DType::f32;

@@ -173,7 +173,9 @@ struct Operand {
 };
 
 // out [M, N] (+)= a [M, K] b [K, N], summed in float. First `gemm_pack` over the tiles of a's rows, then `gemm` over
-// the row_parts * column_parts parts of out.
+// the row_parts * column_parts parts of out. Or, where a's rows and b's columns each lie in one piece, `gemm_dots` over
+// groups of the tile's dot_columns columns, which packs nothing and knows no sums outside: of f32 or, where it is
+// multiplied in pairs, bf16. The columns are one group at least, and what is less goes with the last.
 struct GemmArgs {
   DType type;  // of a, b and out: f32, bf16 or f16
   int64_t m, n, k;
@@ -194,6 +196,7 @@ struct GemmTile {
   int64_t bf16_depth;            // the same for an out of bf16, from pairs: more
   int64_t part_columns;          // a part has at most so many
   int64_t few_rows;              // and half as many where the rows are so few that b is fetched ahead
+  int64_t dot_columns;           // a group of gemm_dots
 };
 
 struct Kernels {
@@ -214,6 +217,7 @@ struct Kernels {
   void (*accumulate)(const AccumulateArgs&, int64_t begin, int64_t end);
   void (*gemm_pack)(const GemmArgs&, int64_t begin, int64_t end);
   void (*gemm)(const GemmArgs&, int64_t begin, int64_t end);
+  void (*gemm_dots)(const GemmArgs&, int64_t begin, int64_t end);
   const GemmTile* gemm_tile;
 };
 

@@ -24,6 +24,7 @@
   namespace widenet::level {                         \
   void gemm_pack(const GemmArgs&, int64_t, int64_t); \
   void gemm(const GemmArgs&, int64_t, int64_t);      \
+  void gemm_dots(const GemmArgs&, int64_t, int64_t); \
   extern const GemmTile gemm_tile;                   \
   }
 

@@ -42,32 +42,36 @@ bool is_slow_in_torch(ScalarType type) {
   return type == ScalarType::Float ? f32 : type == ScalarType::BFloat16 ? bf16 : type == ScalarType::Half && f16;
 }
 
-// Where both multiply bf16 in pairs, ours reads a b whose rows lie in one piece faster than oneDNN, which is as fast on
-// a b that has to be transposed; on Intel's CPUs that may have instructions for tiles.
-bool is_faster_in_pairs(ScalarType type, const Matrix& b) {
-  static const bool in_pairs = kernels().gemm_tile->bf16_depth > kernels().gemm_tile->depth && !is_intel();
-  return in_pairs && type == ScalarType::BFloat16 && b.column_stride == 1;
+// Where both multiply bf16 in pairs, ours reads a b whose rows lie in one piece faster than oneDNN, and of few rows one
+// whose columns do; else oneDNN is as fast on a b that has to be transposed. Intel's CPUs may have instructions for
+// tiles.
+bool is_faster_in_pairs(const Product& product) {
+  static const bool in_pairs = multiplies_in_pairs(kernels(), DType::bf16) && !is_intel();
+  return in_pairs && product.type == DType::bf16 && (product.b.column_stride == 1 || by_dots(kernels(), product));
 }
 
-bool is_ours(const Matrix& out, const Matrix& a, const Matrix& b) {
+Product product_of(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
+  return {dtype_of(a.type),
+          out.rows,
+          out.columns,
+          a.columns,
+          {a.data, a.row_stride, a.column_stride},
+          {b.data, b.row_stride, b.column_stride},
+          dtype_of(out.type),
+          accumulate,
+          out.data,
+          out.row_stride};
+}
+
+// Multiplies by our own kernels, if they can and torch is slower.
+bool own_gemm(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
   if (!out.rows || !out.columns || !a.columns || out.column_stride != 1) return false;
-  return is_slow_in_torch(a.type) || is_faster_in_pairs(a.type, b);
-}
-
-void own_gemm(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
-  const Product product{dtype_of(a.type),
-                        out.rows,
-                        out.columns,
-                        a.columns,
-                        {a.data, a.row_stride, a.column_stride},
-                        {b.data, b.row_stride, b.column_stride},
-                        dtype_of(out.type),
-                        accumulate,
-                        out.data,
-                        out.row_stride};
+  const Product product = product_of(out, a, b, accumulate);
+  if (!is_slow_in_torch(a.type) && !is_faster_in_pairs(product)) return false;
   const int64_t size = workspace_size(kernels(), product);
   const Tensor workspace = new_tensor({size}, ScalarType::Float, aoti_torch_device_type_cpu(), 0);
   multiply(kernels(), product, static_cast<float*>(workspace.mutable_data_ptr()));
+  return true;
 }
 
 }  // namespace
@@ -83,9 +87,7 @@ Matrix matrix(const Tensor& t, int64_t expert) {
 }
 
 void gemm(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
-  if (is_ours(out, a, b)) return own_gemm(out, a, b, accumulate);
-  const Matrix out_t = out.transposed(), a_t = a.transposed(), b_t = b.transposed();
-  if (is_ours(out_t, b_t, a_t)) return own_gemm(out_t, b_t, a_t, accumulate);
+  if (own_gemm(out, a, b, accumulate) || own_gemm(out.transposed(), b.transposed(), a.transposed(), accumulate)) return;
   const Tensor out_view = view(out), a_view = view(a), b_view = view(b);
   if (accumulate) {
     STABLE_TORCH_ERROR_CODE_CHECK(

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.parametrize("kernels", native.GEMM_LEVELS, indirect=Tru
 
 # M, K, N: single elements; a tile of 6 or 12 rows and 16 or 32 columns, one less, one more; pieces of 192 of K, or of
 # 1,024 in pairs; blocks of 256 columns, or of 128 where rows are few; more rows than are packed at a time (3,072), more
-# of K than is packed at a time beside them.
+# of K than is packed at a time beside them. Where both lie along K, dot products of up to 72 rows, or 32 in pairs: a
+# tile of 2 or 4 rows and 4 or 6 columns, one less, one more; pieces of 1,024 of K, or of 2,048 in pairs.
 SIZES = (
     (1, 1, 1),
     (2, 3, 5),
@@ -23,6 +24,10 @@ SIZES = (
     (3073, 9, 17),
     (700, 1030, 40),
     (25, 1051, 70),
+    (3, 16, 6),
+    (5, 2049, 11),
+    (72, 100, 15),
+    (73, 100, 15),
 )
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,27 +68,27 @@ def test_accumulates_in_float(kernels, size, dtype):
     assert_as_good_as(out, plain, initial.double() + a.double() @ b.double(), "initial + product")
 
 
-@pytest.mark.parametrize(
-    "size", [(25, 600, 257), (700, 1030, 40), (5, 40, 16)], ids=lambda size: "x".join(map(str, size))
-)
-def test_same_bits_at_every_number_of_threads(kernels, size):
-    a, b, *_ = operands(size, torch.float32)
+@pytest.mark.parametrize("transpose_b", [False, True], ids=["b", "bt"])
+@of_sizes((25, 600, 257), (700, 1030, 40), (5, 40, 16))
+def test_same_bits_at_every_number_of_threads(kernels, size, transpose_b):
+    a, b, *_ = operands(size, torch.float32, transpose_b=transpose_b)
     results = []
     for threads in (1, 2, 3, 7):
         kernels.module.set_num_threads(threads)
-        results.append(kernels.gemm(a, b))
+        results.append(kernels.gemm(a, b, transpose_b=transpose_b))
     kernels.module.set_num_threads(1)
     for result in results[1:]:
         assert_same_bits(result, results[0])
 
 
+@pytest.mark.parametrize("transpose_b", [False, True], ids=["b", "bt"])
 @of_dtype
-def test_nan_stays_in_its_row_and_column(kernels, dtype):
+def test_nan_stays_in_its_row_and_column(kernels, dtype, transpose_b):
     """Tiles at the edges are filled up with zeros, and neighbours share registers: nothing leaks."""
-    a, b, *_ = operands((20, 300, 50), dtype)
-    clean = kernels.gemm(a, b)
-    a[19, 7], b[299, 49] = float("nan"), float("inf")
-    dirty = kernels.gemm(a, b)
+    a, b, _, b_view = operands((20, 300, 50), dtype, transpose_b=transpose_b)
+    clean = kernels.gemm(a, b, transpose_b=transpose_b)
+    a[19, 7], b_view[299, 49] = float("nan"), float("inf")
+    dirty = kernels.gemm(a, b, transpose_b=transpose_b)
     assert_same_bits(dirty[:19, :49], clean[:19, :49])
     assert dirty[19].isnan().all()
     assert not dirty[:, 49].isfinite().any()
