@@ -62,6 +62,8 @@ OVERLONG = (
     "tests/nn/",
     "tests/models/",
     "number_of_threads",
+    "small_experts",
+    "-T156-",
     "-T5000-",
     "-T65600-",
     "as_good_as_torch[cpu-triton-T5-D4-",

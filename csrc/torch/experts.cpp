@@ -1,19 +1,39 @@
 #include "experts.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "../cpu/parallel.h"
 
 namespace widenet {
 namespace {
 
+constexpr int64_t kFewRows = 128;        // the products of more take longer than the threads take to meet
+constexpr int64_t kLeastWork = 1 << 20;  // multiplications for which a thread is worth waking
+constexpr int64_t kWeightRows = 8;       // to read an expert's weights takes the time of so many rows
+constexpr double kUnevenness = 1.05;     // of the largest share to the mean
+
+// Of as many shares as there are threads: the largest experts first, each to the share that has the least.
+std::vector<Experts> shares_of(Experts experts) {
+  std::ranges::stable_sort(experts, std::greater(), &ExpertRows::count);
+  std::vector<Experts> shares(num_threads());
+  std::vector<int64_t> load(shares.size(), 0);
+  for (const ExpertRows& rows : experts) {
+    const auto least = std::ranges::min_element(load) - load.begin();
+    shares[least].push_back(rows);
+    load[least] += rows.count + kWeightRows;
+  }
+  const double mean = std::reduce(load.begin(), load.end()) / static_cast<double>(load.size());
+  return std::ranges::max(load) <= kUnevenness * mean ? shares : std::vector<Experts>();
+}
+
 int64_t grain_rows(int64_t width) { return kGrainElements / (width + 1) + 1; }
 
 }  // namespace
 
-std::vector<ExpertRows> rows_of_experts(const Tensor& expert_begin, const Tensor& expert_count, int64_t num_rows) {
+Experts rows_of_experts(const Tensor& expert_begin, const Tensor& expert_count, int64_t num_rows) {
   const Tensor begins = to_contiguous(expert_begin), counts = to_contiguous(expert_count);
-  std::vector<ExpertRows> experts;
+  Experts experts;
   for (int64_t e = 0; e < begins.size(0); ++e) {
     const int64_t begin = std::clamp<int64_t>(integers(begins)[e], 0, num_rows);
     experts.push_back({e, begin, std::clamp<int64_t>(integers(counts)[e], 0, num_rows - begin)});
@@ -21,13 +41,24 @@ std::vector<ExpertRows> rows_of_experts(const Tensor& expert_begin, const Tensor
   return experts;
 }
 
-int64_t most_rows(const std::vector<ExpertRows>& experts) {
+int64_t most_rows(const Experts& experts) {
   int64_t most = 0;
   for (const ExpertRows& rows : experts) most = std::max(most, rows.count);
   return most;
 }
 
-void zero_unused_rows(const Matrix& out, const std::vector<ExpertRows>& experts) {
+void over_experts(const Experts& experts, int64_t products, const std::function<void(const Experts&)>& body) {
+  int64_t total = 0;
+  for (const ExpertRows& rows : experts) total += rows.count;
+  const bool small = most_rows(experts) <= kFewRows && total * products >= kLeastWork * num_threads();
+  const auto shares = small ? shares_of(experts) : std::vector<Experts>();
+  if (shares.empty()) return body(experts);
+  parallel_for(static_cast<int64_t>(shares.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(shares[i]);
+  });
+}
+
+void zero_unused_rows(const Matrix& out, const Experts& experts) {
   int64_t served = 0;
   for (const ExpertRows& rows : experts) {
     if (rows.begin > served) zero(out.slice(served, rows.begin - served));

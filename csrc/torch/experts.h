@@ -1,6 +1,8 @@
 // The experts' rows, and the passes over them that stand around the GEMMs; for grouped_gemm and moe_ffn.
 #pragma once
 
+#include <functional>
+
 #include "gemm.h"
 
 namespace widenet {
@@ -9,12 +11,18 @@ struct ExpertRows {
   int64_t expert, begin, count;
 };
 
+using Experts = std::vector<ExpertRows>;
+
 // Every expert's rows, empty experts included, cut to [0, num_rows).
-std::vector<ExpertRows> rows_of_experts(const Tensor& expert_begin, const Tensor& expert_count, int64_t num_rows);
-int64_t most_rows(const std::vector<ExpertRows>& experts);
+Experts rows_of_experts(const Tensor& expert_begin, const Tensor& expert_count, int64_t num_rows);
+int64_t most_rows(const Experts& experts);
+
+// body(experts), whose products all threads share; or, of small experts, body(share) by every thread, which then waits
+// for no other until the end. `products`: multiplications for a row.
+void over_experts(const Experts& experts, int64_t products, const std::function<void(const Experts&)>& body);
 
 // Zeroes the rows of `out` that no expert serves.
-void zero_unused_rows(const Matrix& out, const std::vector<ExpertRows>& experts);
+void zero_unused_rows(const Matrix& out, const Experts& experts);
 
 Activation activation_of(const std::string& name);
 

@@ -24,20 +24,22 @@ std::tuple<Tensor, Tensor> moe_ffn(Tensor x_in, Tensor weight, Tensor choice_row
   const Activation act = activation_of(activation);
   const int64_t num_rows = row_choice.size(0), dim = x.size(1), width = w1.size(2), hidden = w2.size(1);
   const auto experts = rows_of_experts(expert_begin, expert_count, num_rows);
-  const int64_t most = most_rows(experts);
   const bool in_place = !save && !is_gated(act);  // act(z) takes the place of z
   const Tensor z = empty_tensor(x, {save ? num_rows : 0, width}), out = empty_tensor(x, {num_rows, dim});
-  const Scratch x_rows(x, most, dim), z_scratch(x, save ? 0 : most, width), h_scratch(x, in_place ? 0 : most, hidden);
-  for (const auto& [expert, begin, count] : experts) {
-    if (count == 0) continue;
-    const Matrix gathered = x_rows.rows(count);
-    const Matrix z_rows = save ? matrix(z).slice(begin, count) : z_scratch.rows(count);
-    const Matrix h = in_place ? z_rows : h_scratch.rows(count);
-    permute_rows(x, integers(row_choice) + begin, choice_row.size(1), gathered);
-    gemm(z_rows, gathered, matrix(w1, expert));
-    activate(z_rows, b1, expert, act, h);
-    gemm(matrix(out).slice(begin, count), h, matrix(w2, expert));
-  }
+  over_experts(experts, dim * (width + hidden), [&](const Experts& share) {
+    const int64_t most = most_rows(share);
+    const Scratch x_rows(x, most, dim), z_scratch(x, save ? 0 : most, width), h_scratch(x, in_place ? 0 : most, hidden);
+    for (const auto& [expert, begin, count] : share) {
+      if (count == 0) continue;
+      const Matrix gathered = x_rows.rows(count);
+      const Matrix z_rows = save ? matrix(z).slice(begin, count) : z_scratch.rows(count);
+      const Matrix h = in_place ? z_rows : h_scratch.rows(count);
+      permute_rows(x, integers(row_choice) + begin, choice_row.size(1), gathered);
+      gemm(z_rows, gathered, matrix(w1, expert));
+      activate(z_rows, b1, expert, act, h);
+      gemm(matrix(out).slice(begin, count), h, matrix(w2, expert));
+    }
+  });
   return {combine_rows(out, weight, b2, begins, choice_row), z};
 }
 
@@ -85,7 +87,7 @@ class Backward {
         experts_(rows_of_experts(given.expert_begin, given.expert_count, given.row_choice.size(0))),
         need_z_(given.need_x || sinks.w1.needed() || sinks.b1.needed()),
         need_h_(need_z_ || given.need_weight),
-        scratch_(make_scratch()),
+        flat_weight_(torch::stable::view(given.weight, Sizes{given.weight.numel(), 1})),
         grad_x_rows_(empty_tensor(given.x, {given.need_x ? given.row_choice.size(0) : 0, given.x.size(1)})),
         grad_weight_(given.need_weight ? empty_tensor(given.weight, {given.weight.size(0), given.weight.size(1)})
                                        : nothing(given.weight)) {
@@ -94,23 +96,28 @@ class Backward {
 
   // d x and d weight, the latter in the math type; the experts' gradients go into the sinks.
   std::tuple<Tensor, Tensor> run() {
-    for (const ExpertRows& rows : experts_) {
-      if (rows.count > 0) {
-        gather(rows);
-        differentiate_hidden(rows);
-        differentiate_second_layer(rows);
-        differentiate_first_layer(rows);
-      } else {
-        for (const GradSink* sink : {&sinks_.w1, &sinks_.b1, &sinks_.w2, &sinks_.b2}) sink->nothing_served(rows.expert);
-      }
-    }
+    over_experts(experts_, g_.x.size(1) * (g_.w1.size(2) + g_.w2.size(1)), [&](const Experts& share) {
+      const BackwardScratch scratch = make_scratch(share);
+      for (const ExpertRows& rows : share) differentiate(rows, scratch);
+    });
     const OptionalTensor none;
     return {g_.need_x ? combine_rows(grad_x_rows_, none, none, none, g_.choice_row) : nothing(g_.x), grad_weight_};
   }
 
  private:
-  BackwardScratch make_scratch() const {
-    const int64_t most = most_rows(experts_), dim = g_.x.size(1), width = g_.w1.size(2), hidden = g_.w2.size(1);
+  void differentiate(const ExpertRows& rows, const BackwardScratch& scratch) const {
+    if (rows.count > 0) {
+      gather(rows, scratch);
+      differentiate_hidden(rows, scratch);
+      differentiate_second_layer(rows, scratch);
+      differentiate_first_layer(rows, scratch);
+    } else {
+      for (const GradSink* sink : {&sinks_.w1, &sinks_.b1, &sinks_.w2, &sinks_.b2}) sink->nothing_served(rows.expert);
+    }
+  }
+
+  BackwardScratch make_scratch(const Experts& share) const {
+    const int64_t most = most_rows(share), dim = g_.x.size(1), width = g_.w1.size(2), hidden = g_.w2.size(1);
     const ScalarType math = g_.weight.scalar_type();
     const auto rows = [most](bool needed) { return needed ? most : 0; };
     return {Scratch(g_.x, rows(sinks_.w1.needed()), dim),
@@ -127,33 +134,32 @@ class Backward {
   const int32_t* choices(const ExpertRows& rows) const { return integers(g_.row_choice) + rows.begin; }
 
   // Where d z goes: over d h, unless a gated z is wider.
-  Matrix grad_z(const ExpertRows& rows) const {
-    return (is_gated(g_.act) ? scratch_.gated_grad_z : scratch_.grad_h).rows(rows.count);
+  Matrix grad_z(const ExpertRows& rows, const BackwardScratch& scratch) const {
+    return (is_gated(g_.act) ? scratch.gated_grad_z : scratch.grad_h).rows(rows.count);
   }
 
   // The rows of dy and the gate weights of their choices.
-  void gather(const ExpertRows& rows) const {
-    permute_rows(g_.grad, choices(rows), g_.choice_row.size(1), scratch_.dy.rows(rows.count));
-    const Tensor flat_weight = torch::stable::view(g_.weight, Sizes{g_.weight.numel(), 1});
-    permute_rows(flat_weight, choices(rows), 1, scratch_.row_weight.rows(rows.count));
+  void gather(const ExpertRows& rows, const BackwardScratch& scratch) const {
+    permute_rows(g_.grad, choices(rows), g_.choice_row.size(1), scratch.dy.rows(rows.count));
+    permute_rows(flat_weight_, choices(rows), 1, scratch.row_weight.rows(rows.count));
   }
 
   // g = dy w2^T, then in one pass d z, w h, <g, h> and the sums for d b1; d weight from <g, h>.
-  void differentiate_hidden(const ExpertRows& rows) const {
+  void differentiate_hidden(const ExpertRows& rows, const BackwardScratch& scratch) const {
     const bool need_scaled = sinks_.w2.needed();
-    const Matrix dy = scratch_.dy.rows(rows.count);
-    if (need_h_) gemm(scratch_.grad_h.rows(rows.count), dy, matrix(g_.w2, rows.expert).transposed());
+    const Matrix dy = scratch.dy.rows(rows.count);
+    if (need_h_) gemm(scratch.grad_h.rows(rows.count), dy, matrix(g_.w2, rows.expert).transposed());
     if (need_h_ || need_scaled) {
-      activate_backward(
-          {dtype_of(g_.x), g_.act, rows.count, g_.w2.size(1), matrix(g_.z).slice(rows.begin, rows.count).data,
-           need_h_ ? scratch_.grad_h.data() : nullptr, scratch_.row_weight.data(),
-           need_z_ ? grad_z(rows).data : nullptr, need_scaled ? scratch_.scaled_h.data() : nullptr,
-           g_.need_weight ? scratch_.dot.data() : nullptr, sinks_.b1.needed() ? scratch_.sums1.data() : nullptr});
+      activate_backward({dtype_of(g_.x), g_.act, rows.count, g_.w2.size(1),
+                         matrix(g_.z).slice(rows.begin, rows.count).data, need_h_ ? scratch.grad_h.data() : nullptr,
+                         scratch.row_weight.data(), need_z_ ? grad_z(rows, scratch).data : nullptr,
+                         need_scaled ? scratch.scaled_h.data() : nullptr, g_.need_weight ? scratch.dot.data() : nullptr,
+                         sinks_.b1.needed() ? scratch.sums1.data() : nullptr});
     }
     if (g_.need_weight) {
       const void* bias = g_.b2 ? row_of(*g_.b2, rows.expert) : nullptr;
       const WeightGradientArgs args{dtype_of(g_.x), g_.weight.numel(),
-                                    dy.columns,     scratch_.dot.data(),
+                                    dy.columns,     scratch.dot.data(),
                                     dy.data,        bias,
                                     choices(rows),  grad_weight_.mutable_data_ptr()};
       parallel_for(rows.count, kGrainRows,
@@ -161,36 +167,35 @@ class Backward {
     }
   }
 
-  void differentiate_second_layer(const ExpertRows& rows) const {
-    const Matrix dy = scratch_.dy.rows(rows.count);
-    if (sinks_.w2.needed()) sinks_.w2.product(rows.expert, scratch_.scaled_h.rows(rows.count).transposed(), dy);
+  void differentiate_second_layer(const ExpertRows& rows, const BackwardScratch& scratch) const {
+    const Matrix dy = scratch.dy.rows(rows.count);
+    if (sinks_.w2.needed()) sinks_.w2.product(rows.expert, scratch.scaled_h.rows(rows.count).transposed(), dy);
     if (sinks_.b2.needed()) {
-      sum_columns(dy, scratch_.row_weight.data(), scratch_.sums2.data());
-      sinks_.b2.sum(rows.expert, scratch_.sums2.data(), dtype_of(g_.weight), num_chunks(rows.count));
+      sum_columns(dy, scratch.row_weight.data(), scratch.sums2.data());
+      sinks_.b2.sum(rows.expert, scratch.sums2.data(), dtype_of(g_.weight), num_chunks(rows.count));
     }
   }
 
-  void differentiate_first_layer(const ExpertRows& rows) const {
+  void differentiate_first_layer(const ExpertRows& rows, const BackwardScratch& scratch) const {
     if (sinks_.b1.needed()) {
-      sinks_.b1.sum(rows.expert, scratch_.sums1.data(), dtype_of(g_.weight), num_chunks(rows.count));
+      sinks_.b1.sum(rows.expert, scratch.sums1.data(), dtype_of(g_.weight), num_chunks(rows.count));
     }
     if (sinks_.w1.needed()) {
-      const Matrix x_rows = scratch_.x.rows(rows.count);
+      const Matrix x_rows = scratch.x.rows(rows.count);
       permute_rows(g_.x, choices(rows), g_.choice_row.size(1), x_rows);
-      sinks_.w1.product(rows.expert, x_rows.transposed(), grad_z(rows));
+      sinks_.w1.product(rows.expert, x_rows.transposed(), grad_z(rows, scratch));
     }
     if (g_.need_x) {
       const Matrix grad_x_rows = matrix(grad_x_rows_).slice(rows.begin, rows.count);
-      gemm(grad_x_rows, grad_z(rows), matrix(g_.w1, rows.expert).transposed());
+      gemm(grad_x_rows, grad_z(rows, scratch), matrix(g_.w1, rows.expert).transposed());
     }
   }
 
   const Given& g_;
   const Sinks& sinks_;
-  const std::vector<ExpertRows> experts_;
+  const Experts experts_;
   const bool need_z_, need_h_;  // whether d z is needed, and d h, from which d z and d weight are made
-  const BackwardScratch scratch_;
-  const Tensor grad_x_rows_;
+  const Tensor flat_weight_, grad_x_rows_;
   Tensor grad_weight_;
 };
 

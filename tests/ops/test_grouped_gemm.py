@@ -79,6 +79,17 @@ def test_activations_as_good_as_torch(activation, dtype, bias, device, backend):
     )
 
 
+@pytest.mark.parametrize("activation", [None, "gelu", "swiglu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_experts(dtype, activation, device, backend, several_threads):
+    plan = inputs.make_plan(inputs.SMALL_EXPERTS, device=device)
+    assert_op_as_good_as(
+        op(plan, activation, backend),
+        lambda rows, weight, bias: eager.grouped_gemm(rows, weight, plan, bias, activation),
+        make_case(inputs.SMALL_EXPERTS, activation, dtype, device),
+    )
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_far_from_zero(activation, device, backend):
     """Where exp overflows and erf saturates, forward and gradient stay finite and right."""

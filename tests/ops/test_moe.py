@@ -98,6 +98,16 @@ def test_large(shape, dtype, device, backend, several_threads):
     assert_op_as_good_as(op(plan, "silu", backend), plain(plan, "silu"), case)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_experts(dtype, activation, bias, device, backend, several_threads):
+    shape = inputs.SMALL_EXPERTS
+    plan = inputs.make_plan(shape, device=device)
+    case = make_case(shape, activation, dtype, device, bias)
+    assert_op_as_good_as(op(plan, activation, backend), plain(plan, activation), case)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("capacity", [3, None], ids=["C3", "dropless"])
 def test_gradcheck(capacity, activation, device, backend):
@@ -231,9 +241,9 @@ def test_nothing_is_saved_without_gradients(device, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", *LAYOUTS])
-def test_grad_buffers(layout, dtype, device, backend):
+@pytest.mark.parametrize("shape", [inputs.ODD, inputs.SMALL_EXPERTS], ids=str)
+def test_grad_buffers(shape, layout, dtype, device, backend, several_threads):
     """The buffers get what the gradients would have been, on top of what they held; x and weight theirs as ever."""
-    shape = inputs.ODD
     plan = inputs.make_plan(shape, device=device)
     case = make_case(shape, dtype=dtype, device=device)
     if layout != "contiguous":

@@ -70,6 +70,15 @@ def test_same_bits_twice(op, dtype, device, backend, several_threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", [op for op in OPS if op.startswith(("grouped_gemm", "moe_ffn"))])
+def test_same_bits_twice_of_small_experts(op, dtype, device, backend, several_threads):
+    function, tensors = cases(inputs.SMALL_EXPERTS, device, backend, dtype)[op]
+    first = forward_and_backward(function, tensors)
+    for a, b in zip(forward_and_backward(function, tensors), first, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", ["topk_gate", "plan_routing", "permute", "combine"])
 def test_same_bits_for_any_number_of_threads(op, dtype, device, backend):
     torch.use_deterministic_algorithms(False)

@@ -74,6 +74,7 @@ SHAPES = (
     IDENTITY,
 )
 MANY_TOKENS = Shape(5000, 33, 17, 6, 2, 1500, "skewed", "long enough to be shared out among threads")
+SMALL_EXPERTS = Shape(156, 64, 256, 13, 2, None, "empty", "experts with so few rows that threads share them out")
 LARGE_SHAPES = (LARGE_CAPACITY, MANY_TOKENS)
 
 
