@@ -105,6 +105,18 @@ def test_newest_is_the_latest_date_of_this_format(tmp_path):
     assert reading.newest(tmp_path, "cuda") == []
 
 
+def test_newest_for_every_malloc(tmp_path):
+    """Memory that stays with the process makes other times: a table of its own, which says so."""
+    for name, date, malloc in (("a", "2001-01-01", "x=1"), ("b", "2003-01-01", None), ("c", "2002-01-01", "x=1")):
+        dated(tmp_path / f"{name}.json", date, malloc=malloc)
+    dated(tmp_path / "d.json", "2001-01-01")  # from before this was noted
+    newest = reading.newest(tmp_path, "cpu")
+    assert newest == [tmp_path / "b.json", tmp_path / "c.json"]
+    titles = [table.render(reading.load(path), "cpu", tmp_path).splitlines()[0] for path in newest]
+    assert titles[0].endswith(", 2003-01-01.")
+    assert titles[1].endswith(", 2002-01-01, GLIBC_TUNABLES=x=1.")
+
+
 def test_newest_of_every_gpu(tmp_path):
     for name, date, gpu in (("a", "2001-01-01", "X"), ("b", "2003-01-01", "Y"), ("c", "2002-01-01", "X")):
         dated(tmp_path / f"{name}.json", date, gpu=gpu)
