@@ -259,7 +259,8 @@ void dispatch_float(DType type, F&& f) {
 
 }  // namespace
 
-const GemmTile gemm_tile{kTileRows, kTileColumns, kDepth, kBf16Depth, kBlockColumns, kFewRows, kDotColumns};
+const GemmTile gemm_tile{kTileRows,  kTileColumns,  kDepth,   kPair<bfloat16> == 2,
+                         kBf16Depth, kBlockColumns, kFewRows, kDotColumns};
 
 void gemm_pack(const GemmArgs& args, int64_t begin, int64_t end) {
   const int64_t padded = (args.m + kTileRows - 1) / kTileRows * kTileRows;

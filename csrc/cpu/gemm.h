@@ -1,4 +1,4 @@
-// Products on the kernels of gemm.cpp: what is packed when, and who does which part.
+// Products on the kernels of gemm.cpp and gemm_dots.cpp: by which, what is packed when, and who does which part.
 #pragma once
 
 #include "kernels.h"
@@ -15,9 +15,6 @@ struct Product {
   void* out;
   int64_t out_stride;
 };
-
-// Whether two neighbours of K are multiplied as one.
-bool multiplies_in_pairs(const Kernels& kernels, DType type);
 
 // Whether the product is taken as it lies: nothing is packed.
 bool by_dots(const Kernels& kernels, const Product& product);

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kTileRows = WIDENET_REGISTER_BYTES == 64 ? 4 : 2;
 constexpr int64_t kPieceBytes = 4096;  // of a line
-constexpr int64_t kMostRows = 96;      // whose sums are on the stack: 9 KiB
+constexpr int64_t kMostRows = 96;      // whose sums are on the stack: 3 KiB
 
 // The sums of a tile, row by row, in whole vectors.
 using Sums = std::array<float, (kTileRows * kDotColumns + kLanes - 1) / kLanes * kLanes>;

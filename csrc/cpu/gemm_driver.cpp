@@ -11,7 +11,7 @@ constexpr int64_t kMostRows = 3072;         // of a, packed at a time
 constexpr int64_t kPackedFloats = 1 << 18;  // so much of a, unless one piece of K is more: it stays in cache
 constexpr int64_t kGrain = 1 << 14;         // elements that a thread packs at least
 constexpr int64_t kLeastWork = 1 << 18;     // products for which a thread is worth waking
-constexpr int64_t kDotRows = 72;            // of a at most for which gemm_dots is faster
+constexpr int64_t kDotRows = 72;            // of a at most for which gemm_dots is faster, measured with AVX-512
 constexpr int64_t kDotRowsInPairs = 32;     // where the packed products take half the time
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -68,14 +68,11 @@ void multiply_by_dots(const Kernels& kernels, const Product& product) {
 
 }  // namespace
 
-bool multiplies_in_pairs(const Kernels& kernels, DType type) {
-  return type == DType::bf16 && kernels.gemm_tile->bf16_depth > kernels.gemm_tile->depth;
-}
-
 bool by_dots(const Kernels& kernels, const Product& product) {
   const bool along_k = product.a.column_stride == 1 && product.b.row_stride == 1;
-  const bool in_pairs = multiplies_in_pairs(kernels, product.type);
-  if (!along_k || product.accumulate || product.n < kernels.gemm_tile->dot_columns) return false;
+  const bool in_pairs = product.type == DType::bf16 && kernels.gemm_tile->pairs;
+  if (!along_k || product.accumulate || product.out_type != product.type) return false;
+  if (product.n < kernels.gemm_tile->dot_columns) return false;
   return in_pairs ? product.m <= kDotRowsInPairs : product.type == DType::f32 && product.m <= kDotRows;
 }
 
@@ -85,24 +82,24 @@ int64_t workspace_size(const Kernels& kernels, const Product& product) {
   return workspace.packed() + workspace.sums;
 }
 
-void multiply(const Kernels& kernels, const Product& product, float* packed) {
+void multiply(const Kernels& kernels, const Product& product, float* workspace) {
   if (by_dots(kernels, product)) return multiply_by_dots(kernels, product);
   const GemmTile& tile = *kernels.gemm_tile;
-  const Workspace workspace(tile, product);
+  const Workspace parts(tile, product);
   const bool narrow = product.out_type != DType::f32;
   GemmArgs args{};
   args.type = product.type;
   args.n = product.n;
-  args.piece = workspace.piece;
-  args.packed_a = packed;
+  args.piece = parts.piece;
+  args.packed_a = workspace;
   args.sums_stride = narrow ? product.n : product.out_stride;
   args.out_stride = product.out_stride;
-  for (int64_t row = 0; row < product.m; row += workspace.rows) {
+  for (int64_t row = 0; row < product.m; row += parts.rows) {
     char* out = static_cast<char*>(product.out) + row * product.out_stride * element_size(product.out_type);
-    args.m = std::min(workspace.rows, product.m - row);
-    args.sums = narrow ? packed + workspace.packed() : reinterpret_cast<float*>(out);
-    for (int64_t k = 0; k < product.k; k += workspace.depth) {
-      args.k = std::min(workspace.depth, product.k - k);
+    args.m = std::min(parts.rows, product.m - row);
+    args.sums = narrow ? workspace + parts.packed() : reinterpret_cast<float*>(out);
+    for (int64_t k = 0; k < product.k; k += parts.depth) {
+      args.k = std::min(parts.depth, product.k - k);
       args.a = operand_from(product, product.a, row, k);
       args.b = operand_from(product, product.b, k, 0);
       args.accumulate = product.accumulate || k > 0;

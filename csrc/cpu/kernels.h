@@ -193,7 +193,8 @@ struct GemmArgs {
 // The sizes that gemm cuts its matrices into.
 struct GemmTile {
   int64_t rows, columns, depth;  // of what is summed in registers, at most
-  int64_t bf16_depth;            // the same for an out of bf16, from pairs: more
+  bool pairs;                    // of neighbours of K are multiplied as one, in bf16
+  int64_t bf16_depth;            // as depth, for an out of bf16: from pairs more
   int64_t part_columns;          // a part has at most so many
   int64_t few_rows;              // and half as many where the rows are so few that b is fetched ahead
   int64_t dot_columns;           // a group of gemm_dots

@@ -8,10 +8,10 @@
 namespace widenet {
 namespace {
 
-constexpr int64_t kFewRows = 128;        // the products of more take longer than the threads take to meet
-constexpr int64_t kLeastWork = 1 << 20;  // multiplications for which a thread is worth waking
-constexpr int64_t kWeightRows = 8;       // to read an expert's weights takes the time of so many rows
-constexpr double kUnevenness = 1.05;     // of the largest share to the mean
+constexpr int64_t kSmallExpert = 128;     // rows: the products of more take longer than the threads take to meet
+constexpr int64_t kLeastShare = 1 << 20;  // multiplications
+constexpr int64_t kWeightRows = 8;        // to read an expert's weights takes the time of so many rows
+constexpr double kUnevenness = 1.05;      // of the largest share to the mean
 
 // Of as many shares as there are threads: the largest experts first, each to the share that has the least.
 std::vector<Experts> shares_of(Experts experts) {
@@ -47,14 +47,16 @@ int64_t most_rows(const Experts& experts) {
   return most;
 }
 
-void over_experts(const Experts& experts, int64_t products, const std::function<void(const Experts&)>& body) {
+void over_experts(const Experts& experts, int64_t products, const std::function<Job(const Experts&)>& prepare) {
   int64_t total = 0;
   for (const ExpertRows& rows : experts) total += rows.count;
-  const bool small = most_rows(experts) <= kFewRows && total * products >= kLeastWork * num_threads();
+  const bool small = most_rows(experts) <= kSmallExpert && total * products >= kLeastShare * num_threads();
   const auto shares = small ? shares_of(experts) : std::vector<Experts>();
-  if (shares.empty()) return body(experts);
-  parallel_for(static_cast<int64_t>(shares.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(shares[i]);
+  if (shares.empty()) return prepare(experts)();
+  std::vector<Job> jobs;
+  for (const Experts& share : shares) jobs.push_back(prepare(share));
+  parallel_for(static_cast<int64_t>(jobs.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) jobs[i]();
   });
 }
 

@@ -17,9 +17,11 @@ using Experts = std::vector<ExpertRows>;
 Experts rows_of_experts(const Tensor& expert_begin, const Tensor& expert_count, int64_t num_rows);
 int64_t most_rows(const Experts& experts);
 
-// body(experts), whose products all threads share; or, of small experts, body(share) by every thread, which then waits
-// for no other until the end. `products`: multiplications for a row.
-void over_experts(const Experts& experts, int64_t products, const std::function<void(const Experts&)>& body);
+// Does prepare(experts)(), whose products all threads share; or, of small experts, prepare(share)() by every thread,
+// which then waits for no other until the end. What prepare allocates, this thread does. `products`: multiplications
+// for a row.
+using Job = std::function<void()>;
+void over_experts(const Experts& experts, int64_t products, const std::function<Job(const Experts&)>& prepare);
 
 // Zeroes the rows of `out` that no expert serves.
 void zero_unused_rows(const Matrix& out, const Experts& experts);

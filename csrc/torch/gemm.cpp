@@ -46,7 +46,7 @@ bool is_slow_in_torch(ScalarType type) {
 // whose columns do; else oneDNN is as fast on a b that has to be transposed. Intel's CPUs may have instructions for
 // tiles.
 bool is_faster_in_pairs(const Product& product) {
-  static const bool in_pairs = multiplies_in_pairs(kernels(), DType::bf16) && !is_intel();
+  static const bool in_pairs = kernels().gemm_tile->pairs && !is_intel();
   return in_pairs && product.type == DType::bf16 && (product.b.column_stride == 1 || by_dots(kernels(), product));
 }
 
@@ -69,8 +69,12 @@ bool own_gemm(const Matrix& out, const Matrix& a, const Matrix& b, bool accumula
   const Product product = product_of(out, a, b, accumulate);
   if (!is_slow_in_torch(a.type) && !is_faster_in_pairs(product)) return false;
   const int64_t size = workspace_size(kernels(), product);
-  const Tensor workspace = new_tensor({size}, ScalarType::Float, aoti_torch_device_type_cpu(), 0);
-  multiply(kernels(), product, static_cast<float*>(workspace.mutable_data_ptr()));
+  if (size == 0) {
+    multiply(kernels(), product, nullptr);
+  } else {
+    const Tensor workspace = new_tensor({size}, ScalarType::Float, aoti_torch_device_type_cpu(), 0);
+    multiply(kernels(), product, static_cast<float*>(workspace.mutable_data_ptr()));
+  }
   return true;
 }
 

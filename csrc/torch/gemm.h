@@ -1,4 +1,5 @@
-// Matrices inside tensors, and their products: by csrc/cpu/gemm.cpp where torch's own GEMM is slow, else by torch.
+// Matrices inside tensors, and their products: by our own kernels (csrc/cpu/gemm.h) where torch's GEMM is slower, else
+// by torch.
 #pragma once
 
 #include "tensor.h"

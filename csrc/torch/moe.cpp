@@ -1,8 +1,8 @@
 // moe_ffn: gather, GEMM, bias + activation, GEMM, expert by expert; then combine over all of them.
 //
-// One expert's rows are gathered into a scratch that the next expert uses again, so they are still in cache when the
-// GEMM reads them. The second bias is added in combine. The backward recomputes act(z) and gathers x and dy again;
-// with h = act(z) and per row w = gate weight, g = dy w2^T (not yet scaled):
+// One expert's rows are gathered into a scratch that the next expert of the same share uses again, so they are still in
+// cache when the GEMM reads them. The second bias is added in combine. The backward recomputes act(z) and gathers x and
+// dy again; with h = act(z) and per row w = gate weight, g = dy w2^T (not yet scaled):
 //   d w = <g, h> + <dy, b2>     d w2 = (w h)^T dy     d b2 = sum of w dy
 //   d z = w g act'(z)           d w1 = x^T dz         d b1 = sum of dz        d x = dz w1^T, summed over k
 #include "../cpu/parallel.h"
@@ -26,19 +26,21 @@ std::tuple<Tensor, Tensor> moe_ffn(Tensor x_in, Tensor weight, Tensor choice_row
   const auto experts = rows_of_experts(expert_begin, expert_count, num_rows);
   const bool in_place = !save && !is_gated(act);  // act(z) takes the place of z
   const Tensor z = empty_tensor(x, {save ? num_rows : 0, width}), out = empty_tensor(x, {num_rows, dim});
-  over_experts(experts, dim * (width + hidden), [&](const Experts& share) {
+  over_experts(experts, dim * (width + hidden), [&](const Experts& share) -> Job {
     const int64_t most = most_rows(share);
     const Scratch x_rows(x, most, dim), z_scratch(x, save ? 0 : most, width), h_scratch(x, in_place ? 0 : most, hidden);
-    for (const auto& [expert, begin, count] : share) {
-      if (count == 0) continue;
-      const Matrix gathered = x_rows.rows(count);
-      const Matrix z_rows = save ? matrix(z).slice(begin, count) : z_scratch.rows(count);
-      const Matrix h = in_place ? z_rows : h_scratch.rows(count);
-      permute_rows(x, integers(row_choice) + begin, choice_row.size(1), gathered);
-      gemm(z_rows, gathered, matrix(w1, expert));
-      activate(z_rows, b1, expert, act, h);
-      gemm(matrix(out).slice(begin, count), h, matrix(w2, expert));
-    }
+    return [&, x_rows, z_scratch, h_scratch] {
+      for (const auto& [expert, begin, count] : share) {
+        if (count == 0) continue;
+        const Matrix gathered = x_rows.rows(count);
+        const Matrix z_rows = save ? matrix(z).slice(begin, count) : z_scratch.rows(count);
+        const Matrix h = in_place ? z_rows : h_scratch.rows(count);
+        permute_rows(x, integers(row_choice) + begin, choice_row.size(1), gathered);
+        gemm(z_rows, gathered, matrix(w1, expert));
+        activate(z_rows, b1, expert, act, h);
+        gemm(matrix(out).slice(begin, count), h, matrix(w2, expert));
+      }
+    };
   });
   return {combine_rows(out, weight, b2, begins, choice_row), z};
 }
@@ -96,9 +98,10 @@ class Backward {
 
   // d x and d weight, the latter in the math type; the experts' gradients go into the sinks.
   std::tuple<Tensor, Tensor> run() {
-    over_experts(experts_, g_.x.size(1) * (g_.w1.size(2) + g_.w2.size(1)), [&](const Experts& share) {
-      const BackwardScratch scratch = make_scratch(share);
-      for (const ExpertRows& rows : share) differentiate(rows, scratch);
+    over_experts(experts_, g_.x.size(1) * (g_.w1.size(2) + g_.w2.size(1)), [&](const Experts& share) -> Job {
+      return [this, &share, scratch = make_scratch(share)] {
+        for (const ExpertRows& rows : share) differentiate(rows, scratch);
+      };
     });
     const OptionalTensor none;
     return {g_.need_x ? combine_rows(grad_x_rows_, none, none, none, g_.choice_row) : nothing(g_.x), grad_weight_};

@@ -115,7 +115,8 @@ inline const int32_t* integers(const Tensor& t) { return static_cast<const int32
 // Byte address of a row of a contiguous tensor.
 inline char* row_of(const Tensor& t, int64_t row) {
   const int64_t stride = t.dim() > 1 ? t.stride(0) : 1;
-  return static_cast<char*>(t.mutable_data_ptr()) + row * stride * static_cast<int64_t>(t.element_size());
+  return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) +
+         row * stride * static_cast<int64_t>(t.element_size());
 }
 
 }  // namespace widenet

@@ -26,6 +26,8 @@ SIZES = (
     (25, 1051, 70),
     (3, 16, 6),
     (5, 2049, 11),
+    (32, 70, 13),
+    (33, 70, 13),
     (72, 100, 15),
     (73, 100, 15),
 )
@@ -58,20 +60,22 @@ def test_product(kernels, size, dtype, transpose_a, transpose_b):
     assert_as_good_as(out, a_view @ b_view, a_view.double() @ b_view.double(), "product")
 
 
+@pytest.mark.parametrize("transpose_b", [False, True], ids=["b", "bt"])
 @of_dtype
 @of_size
-def test_accumulates_in_float(kernels, size, dtype):
-    a, b, *_ = operands(size, dtype)
+def test_accumulates_in_float(kernels, size, dtype, transpose_b):
+    a, b, _, b_view = operands(size, dtype, transpose_b=transpose_b)
     initial = inputs.normal(size[0], size[2], seed=3)
-    out = kernels.gemm(a, b, initial=initial)
-    plain = initial + a.float() @ b.float()
-    assert_as_good_as(out, plain, initial.double() + a.double() @ b.double(), "initial + product")
+    out = kernels.gemm(a, b, initial=initial, transpose_b=transpose_b)
+    plain = initial + a.float() @ b_view.float()
+    assert_as_good_as(out, plain, initial.double() + a.double() @ b_view.double(), "initial + product")
 
 
 @pytest.mark.parametrize("transpose_b", [False, True], ids=["b", "bt"])
+@of_dtype
 @of_sizes((25, 600, 257), (700, 1030, 40), (5, 40, 16))
-def test_same_bits_at_every_number_of_threads(kernels, size, transpose_b):
-    a, b, *_ = operands(size, torch.float32, transpose_b=transpose_b)
+def test_same_bits_at_every_number_of_threads(kernels, size, dtype, transpose_b):
+    a, b, *_ = operands(size, dtype, transpose_b=transpose_b)
     results = []
     for threads in (1, 2, 3, 7):
         kernels.module.set_num_threads(threads)
