@@ -229,7 +229,7 @@ def split(found: Mapping[str, float]) -> tuple[dict[str, float], str]:
     alone = sum(stages.values())
     if alone > layer:
         return stages, f"layer {milliseconds(layer)},\nthese {milliseconds(alone)}"
-    return stages | {"the rest (second GEMM)": layer - alone}, milliseconds(layer)
+    return stages | {"the rest": layer - alone}, milliseconds(layer)
 
 
 def profile_bars(profile: dict[str, Any]) -> Figure:

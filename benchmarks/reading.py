@@ -60,8 +60,8 @@ def describe(found: Any) -> str:
 
 
 def newest(folder: Path, device: str) -> list[Path]:
-    """The result files of a device's layer with the latest date, the last by name of those: one of a CPU for each way
-    to get memory, or one of each GPU, the newest first; files of another format do not count."""
+    """The result files of a device's layer with the latest date, the last by name of those: one of a CPU for each
+    GLIBC_TUNABLES, or one of each GPU, the newest first; files of another format do not count."""
     found = {}
     for path in folder.glob("*.json"):
         try:
@@ -72,7 +72,7 @@ def newest(folder: Path, device: str) -> list[Path]:
             found[path] = results.machine
     latest: dict[str | None, Path] = {}
     for path in sorted(found, key=lambda path: (found[path]["date"], path.name), reverse=True):
-        latest.setdefault(found[path].get("malloc") if device == "cpu" else found[path]["gpu"], path)
+        latest.setdefault(found[path].get("glibc_tunables") if device == "cpu" else found[path]["gpu"], path)
     return list(latest.values())
 
 
@@ -110,6 +110,7 @@ def software(machine: dict[str, Any]) -> str:
     """Versions, commit, date and what is set: "torch 2.13.0, widenet_kernels 0.1.0 at 1aca8b2, 2026-01-31"."""
     cuda = f", CUDA {machine['cuda']}" if machine["cuda"] else ""
     commit = f" at {machine['commit'][:7]}" if machine["commit"] else ""
-    malloc = f", GLIBC_TUNABLES={machine['malloc']}" if machine.get("malloc") else ""  # older files do not have it
+    tunables = machine.get("glibc_tunables")  # older files do not have it
     package = f"widenet_kernels {machine['widenet_kernels']}{commit}"
-    return f"torch {machine['torch']}{cuda}, {package}, {machine['date']}{malloc}"
+    parts = [f"torch {machine['torch']}{cuda}", package, machine["date"]]
+    return ", ".join(parts + ([f"GLIBC_TUNABLES={tunables}"] if tunables else []))

@@ -97,7 +97,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpu_level": wk.build_info().get("cpu_level"),
         "threads": torch.get_num_threads(),
-        "malloc": os.environ.get("GLIBC_TUNABLES"),  # whether memory stays with the process
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),  # whether memory stays with the process
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "cuda": torch.version.cuda,

@@ -45,7 +45,7 @@ def line(ours: Row, rows: list[Row]) -> str:
         ours["shape"],
         ours["dtype"],
         ours["pass"],
-        f"{number(ours['ms'])} ms ± {number(ours['spread_ms'] / 2)}",
+        f"{number(ours['ms'])} ms {spread(ours)}",
         "-" if ours["tflops"] is None else number(ours["tflops"] * 1e3),
         ours["limit"] or "-",
         number(ours["share_of_limit"]),
@@ -54,6 +54,10 @@ def line(ours: Row, rows: list[Row]) -> str:
         mebibytes(ours["peak_mib"]) + (f" ({mebibytes(min(memories))})" if memories else ""),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def spread(row: Row) -> str:
+    return "(called once)" if row["rounds"] == 1 else f"± {number(row['spread_ms'] / 2)}"
 
 
 def mebibytes(value: float | None) -> str:

@@ -88,7 +88,8 @@ class Clock:
         return float(available.split()[1]) * 1024
 
     def peak_bytes(self, call: Call) -> int:
-        """The most that torch holds during the call above what it held before."""
+        """The most that torch holds during the call above what it held before, of what the calling thread allocates:
+        without the workspace, 1 MiB, of a product that another thread does by itself."""
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             call()
         events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]

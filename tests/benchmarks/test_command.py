@@ -45,7 +45,9 @@ def test_the_command_from_end_to_end(tmp_path):
     content = json.loads((tmp_path / "a.json").read_text())
     assert content["format"] == 1
     assert content["machine"]["torch"] == torch.__version__
-    assert {"cpu", "threads", "malloc", "commit", "date", "cpu_level", "widenet_kernels"} <= set(content["machine"])
+    assert {"cpu", "threads", "glibc_tunables", "commit", "date", "cpu_level", "widenet_kernels"} <= set(
+        content["machine"]
+    )
     assert results.table(content["rows"]) + "\n\n" == done.stdout  # nothing is lost in the file
     lines = (tmp_path / "a.json").read_text().splitlines()[3:-1]
     assert [json.loads(line.rstrip(",")) for line in lines] == content["rows"]  # one in each line

@@ -76,7 +76,7 @@ def test_layer_bars(rows):
 def test_stage_bars(rows):
     (axes,) = figures.stage_bars(rows).axes
     shares = {label: widths[0] for label, widths in bars(axes).items()}
-    measured = {"route": 0.01, "permute": 0.02, "grouped_gemm": 0.4, "combine": 0.03, "the rest (second GEMM)": 0.54}
+    measured = {"route": 0.01, "permute": 0.02, "grouped_gemm": 0.4, "combine": 0.03, "the rest": 0.54}
     assert shares == pytest.approx(measured)  # of the layer's 100 ms
     assert [label.get_text() for label in axes.get_yticklabels()] == ["wide-1000\nforward"]
     assert "benches of the stages" in axes.figure.get_suptitle()
@@ -86,7 +86,7 @@ def test_stage_bars(rows):
 def test_stages_that_take_longer_than_the_layer(rows):
     slow = invented.row("combine", "ours", 63.0)
     (axes,) = figures.stage_bars([slow if row["bench"] == "combine" else row for row in rows]).axes
-    assert "the rest (second GEMM)" not in bars(axes)
+    assert "the rest" not in bars(axes)
     assert [text.get_text() for text in axes.texts][-1] == "layer 100 ms,\nthese 106 ms"
 
 

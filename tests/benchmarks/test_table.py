@@ -56,6 +56,14 @@ def test_what_was_not_measured_is_a_dash(tmp_path):
     assert cells(line)[3:] == ["3.00 ms ± 0.0300", "-", "-", "-", "-", "-", "-"]
 
 
+def test_what_was_called_once_has_no_spread(tmp_path):
+    content = invented.content()
+    content["rows"] = [invented.row("layer", "ours", 3.0) | {"rounds": 1}]
+    results = reading.load(invented.written(tmp_path / "result.json", content))
+    *_, line = table.render(results, "cpu", tmp_path).splitlines()
+    assert cells(line)[3] == "3.00 ms (called once)"
+
+
 def test_pictures_beside_the_file_are_shown(results, tmp_path):
     for name in ("result-roofline-cpu-fp32.png", "result-layer-cpu-fp32.png", "result-scaling-T-cpu-fp32.png"):
         (tmp_path / name).touch()
@@ -105,10 +113,10 @@ def test_newest_is_the_latest_date_of_this_format(tmp_path):
     assert reading.newest(tmp_path, "cuda") == []
 
 
-def test_newest_for_every_malloc(tmp_path):
+def test_newest_for_every_glibc_tunables(tmp_path):
     """Memory that stays with the process makes other times: a table of its own, which says so."""
-    for name, date, malloc in (("a", "2001-01-01", "x=1"), ("b", "2003-01-01", None), ("c", "2002-01-01", "x=1")):
-        dated(tmp_path / f"{name}.json", date, malloc=malloc)
+    for name, date, tunables in (("a", "2001-01-01", "x=1"), ("b", "2003-01-01", None), ("c", "2002-01-01", "x=1")):
+        dated(tmp_path / f"{name}.json", date, glibc_tunables=tunables)
     dated(tmp_path / "d.json", "2001-01-01")  # from before this was noted
     newest = reading.newest(tmp_path, "cpu")
     assert newest == [tmp_path / "b.json", tmp_path / "c.json"]
