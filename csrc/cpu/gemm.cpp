@@ -1,11 +1,10 @@
 // out = a b in float sums, for the experts' products where torch's GEMM is slow (csrc/torch/gemm.cpp says where).
 //
 // The scheme of Goto and van de Geijn (2008, ACM TOMS 34.3): a lies packed in tiles of kTileRows rows, k by k, so that
-// a tile's piece of K, at most kDepth steps, stays in the first-level cache; a block of b, a piece x at most
-// kBlockColumns, is packed as the first tile of rows reads it, and stays in the thread's second-level cache; kTileRows
-// x kTileColumns sums stay in registers for a piece. 2 M N K flops; a and b are read once and written once as floats,
-// out is read and written once for each piece of K. The pieces are the same whatever the threads do, so the bits are
-// too.
+// a tile's piece of K stays in the first-level cache; a block of b, a piece x at most kBlockColumns, is packed as the
+// first tile of rows reads it, and stays in the thread's second-level cache; kTileRows x kTileColumns sums stay in
+// registers for a piece. 2 M N K flops; a and b are read once and written once as floats, out is read and written once
+// for each piece of K. The pieces are the same whatever the threads do, so the bits are too.
 #include <algorithm>
 #include <optional>
 
@@ -20,7 +19,7 @@ constexpr int64_t kTileRows = WIDENET_REGISTER_BYTES == 64 ? 12 : 6;  // of 32 o
 constexpr int64_t kDepth =
     WIDENET_REGISTER_BYTES == 64 ? 256 : 192;  // of products summed in turn: the error grows with it
 constexpr int64_t kBlockColumns = 256;
-constexpr int64_t kFewRows = 8 * kTileRows;
+constexpr int64_t kFewRows = 8 * kTileRows;  // take less time than their b takes to come from memory
 static_assert(kBlockColumns % kTileColumns == 0);
 
 // For an out of bf16, whose rounding is more than the error of a long sum: then few sums go to memory, or none.
@@ -196,12 +195,9 @@ Lines<T> lines_of(const GemmArgs& args, const Block& block) {
   return {from, block.columns.size(), args.b.column_stride, block.piece.size(), args.b.row_stride};
 }
 
-// Few rows take less time than their b takes to come from memory. A single tile of them reads it from there at every
-// step: it leaves no time in which the next could be fetched.
 template <class T>
 Ahead ahead_of(const GemmArgs& args, const std::optional<Block>& block) {
-  const bool few = block && block->rows.size() > kTileRows && block->rows.size() <= kFewRows;
-  if (!few || args.b.column_stride != 1) return {};
+  if (!block || !args.fetch_ahead) return {};
   const Lines<T> b = lines_of<T>(args, *block);
   constexpr int64_t size = sizeof(T);
   return {reinterpret_cast<const char*>(b.from), b.count * size, b.depth_stride * size, b.depth};
@@ -242,7 +238,8 @@ void multiply_block(const GemmArgs& args, const Block& block, float* packed_b, A
 
 template <class T>
 void multiply_parts(const GemmArgs& args, int64_t begin, int64_t end) {
-  alignas(64) float packed_b[std::max(kDepth, steps<bfloat16>(kBf16Depth)) * kBlockColumns];  // floats or pairs
+  constexpr int64_t depth = kPair<T> == 2 ? steps<T>(kBf16Depth) : kDepth;
+  alignas(64) float packed_b[depth * kBlockColumns];  // 256 KiB with AVX-512, of pairs 512
   for (std::optional<Block> block = first_block(args, begin), next; block; block = next) {
     next = next_block(args, *block, end);
     multiply_block<T>(args, *block, packed_b, ahead_of<T>(args, next));

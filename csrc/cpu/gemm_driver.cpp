@@ -45,8 +45,9 @@ struct Workspace {
 // Every thread a part of out, if there is as much to do, and none with more columns than fit.
 void cut(GemmArgs& args, const GemmTile& tile) {
   const int64_t threads = std::clamp<int64_t>(args.m * args.n * args.k / kLeastWork, 1, num_threads());
-  const bool few = args.m > tile.rows && args.m <= tile.few_rows;
-  const int64_t least = ceil_div(args.n, few ? tile.part_columns / 2 : tile.part_columns);
+  // a single tile of rows reads b from memory at every step: it leaves no time in which the next could be fetched
+  args.fetch_ahead = args.m > tile.rows && args.m <= tile.few_rows && args.b.column_stride == 1;
+  const int64_t least = ceil_div(args.n, args.fetch_ahead ? tile.part_columns / 2 : tile.part_columns);
   args.column_parts = std::min(ceil_div(least, threads) * threads, ceil_div(args.n, tile.columns));
   args.row_parts = std::min(ceil_div(threads, args.column_parts), ceil_div(args.m, tile.rows));
 }

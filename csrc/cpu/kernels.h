@@ -179,12 +179,13 @@ struct Operand {
 struct GemmArgs {
   DType type;  // of a, b and out: f32, bf16 or f16
   int64_t m, n, k;
-  int64_t piece;  // of K, the products that are summed in registers; at most the tile's depth, or pairs of it
+  int64_t piece;  // of K, the products that are summed in registers; at most the tile's depth or bf16_depth
   Operand a, b;
   float* packed_a;  // [M rounded up to whole tiles, K]
   int64_t row_parts, column_parts;
-  bool accumulate;  // add to what is in sums
-  float* sums;      // [M, N], rows sums_stride apart
+  bool fetch_ahead;  // the next part's b while this one's is multiplied
+  bool accumulate;   // add to what is in sums
+  float* sums;       // [M, N], rows sums_stride apart
   int64_t sums_stride;
   void* out;  // [M, N] of `type`, rows out_stride apart, or null: the sums are the result
   int64_t out_stride;
@@ -196,7 +197,7 @@ struct GemmTile {
   bool pairs;                    // of neighbours of K are multiplied as one, in bf16
   int64_t bf16_depth;            // as depth, for an out of bf16: from pairs more
   int64_t part_columns;          // a part has at most so many
-  int64_t few_rows;              // and half as many where the rows are so few that b is fetched ahead
+  int64_t few_rows;              // and half as many where the rows are so few that b should be fetched ahead
   int64_t dot_columns;           // a group of gemm_dots
 };
 

@@ -73,6 +73,17 @@ def test_accumulates_in_float(kernels, size, dtype, transpose_b):
 
 @pytest.mark.parametrize("transpose_b", [False, True], ids=["b", "bt"])
 @of_dtype
+@of_sizes((100, 1024, 256), (25, 1024, 300), (100, 1030, 520))
+def test_whole_blocks_of_b(kernels, size, dtype, transpose_b):
+    """As much as is ever packed of b at a time: with one thread parts are as wide as they can be."""
+    kernels.module.set_num_threads(1)
+    a, b, _, b_view = operands(size, dtype, transpose_b=transpose_b)
+    out = kernels.gemm(a, b, transpose_b=transpose_b)
+    assert_as_good_as(out, a @ b_view, a.double() @ b_view.double(), "product")
+
+
+@pytest.mark.parametrize("transpose_b", [False, True], ids=["b", "bt"])
+@of_dtype
 @of_sizes((25, 600, 257), (700, 1030, 40), (5, 40, 16))
 def test_same_bits_at_every_number_of_threads(kernels, size, dtype, transpose_b):
     a, b, *_ = operands(size, dtype, transpose_b=transpose_b)
