@@ -86,11 +86,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def state() -> Iterator[None]:
-    """A fixed seed; memory from torch.empty full of NaN, so that what a kernel forgets to write is seen; one thread.
+    """A fixed seed; memory from torch.empty full of NaN, so that what a kernel forgets to write is seen, and none that
+    an earlier test has used; one thread.
 
     The cases are small, and threads that wait for each other on a busy machine take longer than the work.
     """
     torch.manual_seed(0)
+    wk.empty_cache()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -7,7 +7,7 @@ from widenet_kernels.ops.combine import combine
 from widenet_kernels.ops.gate import topk_gate
 from widenet_kernels.ops.grouped_gemm import grouped_gemm
 from widenet_kernels.ops.moe import GradBuffers, moe_ffn
-from widenet_kernels.ops.native import build_info, load_library
+from widenet_kernels.ops.native import build_info, empty_cache, load_library
 from widenet_kernels.ops.permute import permute
 from widenet_kernels.ops.plan import plan_routing
 from widenet_kernels.ops.registry import available_backends
@@ -29,6 +29,7 @@ __all__ = [
     "available_backends",
     "build_info",
     "combine",
+    "empty_cache",
     "expert_capacity",
     "grouped_gemm",
     "load_balance_loss",

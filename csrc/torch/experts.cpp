@@ -27,6 +27,20 @@ std::vector<Experts> shares_of(Experts experts) {
   return std::ranges::max(load) <= kUnevenness * mean ? shares : std::vector<Experts>();
 }
 
+// Dense, its dimensions in memory in the order of `like`, as torch's empty_like.
+Tensor dense_like(const Tensor& like) {
+  Sizes sizes, strides(like.dim()), order(like.dim());
+  for (int64_t i = 0; i < like.dim(); ++i) sizes.push_back(like.size(i));
+  std::iota(order.rbegin(), order.rend(), int64_t{0});
+  std::ranges::stable_sort(order, {}, [&](int64_t i) { return like.stride(i); });
+  int64_t stride = 1;
+  for (const int64_t i : order) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  return new_tensor(sizes, strides, like.scalar_type(), aoti_torch_device_type_cpu(), 0);
+}
+
 int64_t grain_rows(int64_t width) { return kGrainElements / (width + 1) + 1; }
 
 }  // namespace
@@ -124,7 +138,7 @@ void GradSink::nothing_served(int64_t expert) const {
 }
 
 GradSink weight_sink(const Tensor& weight, bool needed) {
-  return needed ? GradSink::new_tensor(in_huge_pages(torch::stable::empty_like(weight))) : GradSink(weight);
+  return needed ? GradSink::new_tensor(dense_like(weight)) : GradSink(weight);
 }
 
 GradSink bias_sink(const Tensor& weight, int64_t width, bool needed) {

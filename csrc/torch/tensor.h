@@ -2,11 +2,9 @@
 #pragma once
 
 #include <dlfcn.h>
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <optional>
@@ -15,13 +13,11 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "memory.h"
 
 namespace widenet {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
 
 inline DType dtype_of(ScalarType type) {
   switch (type) {
@@ -70,29 +66,11 @@ OptionalTensor to_contiguous(const OptionalTensor& t, Dtype... dtype) {
   return t ? OptionalTensor(to_contiguous(*t, dtype...)) : std::nullopt;
 }
 
-// New memory in pages of 2 MiB where the system gives them when asked: large tensors are new to the process every time,
-// and to page them in by 4 KiB costs as much as a pass over them. Asked for from the page on in which the tensor
-// begins: malloc's own words stand before it, in what may be the first large page.
-inline Tensor in_huge_pages(const Tensor& t) {
-  constexpr size_t kLargePage = 2 << 20;
-  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const size_t bytes = t.numel() * t.element_size();
-  if (bytes < kLargePage) return t;
-  const auto first = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), begin = first / page * page;
-  madvise(reinterpret_cast<void*>(begin), first + bytes - begin, MADV_HUGEPAGE);
-  return t;
-}
-
-// Contiguous and uninitialised; straight from the C shim, without a turn of the dispatcher.
+// Contiguous and uninitialised.
 inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype, int32_t device_type, int32_t device) {
   Sizes strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), type, device_type, device, &made));
-  const Tensor t(made);
-  return device_type == aoti_torch_device_type_cpu() ? in_huge_pages(t) : t;
+  return new_tensor(sizes, strides, dtype, device_type, device);
 }
 
 inline Tensor empty_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtype) {

@@ -59,6 +59,23 @@ def why_not(op: str, device: torch.device) -> str | None:
     return gpu.why_not(device, _built["cuda_problem"], _built["cuda_architectures"])
 
 
+def empty_cache() -> int:
+    """Give back the memory that the CPU ops keep between calls, as ``torch.cuda.empty_cache`` does for a GPU.
+
+    The ops keep the memory of their large tensors (2 MiB and more, with torch 2.11 or later), gradients and what is
+    saved for them included, for the next of about the same size; never more, with what is in use, than was in use at
+    once.
+
+    Returns:
+        How many bytes that were.
+    """
+    if _load_error:
+        return 0
+    release = ctypes.CDLL(str(LIBRARY_FILE)).widenet_empty_cache
+    release.restype = ctypes.c_int64
+    return int(release())
+
+
 def build_info() -> dict[str, Any]:
     """What this installation has, and why it cannot use what it cannot.
 

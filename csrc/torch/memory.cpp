@@ -1,0 +1,150 @@
+#include "memory.h"
+
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <numeric>
+
+namespace widenet {
+namespace {
+
+constexpr int64_t kLargePage = 2 << 20;  // bytes; smaller tensors are malloc's alone
+constexpr int64_t kLongestRest = 1024;   // large tensors that are made until what none of them took is given back
+
+int64_t size_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    default:
+      return 2;  // bf16 or fp16
+  }
+}
+
+int32_t code_of(ScalarType type) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)); }
+
+// Straight from the C shim, without a turn of the dispatcher.
+Tensor from_torch(const Sizes& sizes, const Sizes& strides, int32_t type, int32_t device_type, int32_t device) {
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), type, device_type, device, &made));
+  return Tensor(made);
+}
+
+// Pages of 2 MiB where the system gives them when asked: to page memory in by 4 KiB costs as much as a pass over it.
+// Asked for from the page on in which the tensor begins: malloc's own words stand before it, in what may be the first
+// large page.
+void ask_for_large_pages(const Tensor& t, int64_t bytes) {
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto first = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), begin = first / page * page;
+  madvise(reinterpret_cast<void*>(begin), first + bytes - begin, MADV_HUGEPAGE);
+}
+
+// Memory of torch's, so that its profiler sees it.
+struct Block {
+  explicit Block(int64_t size)
+      : size(size), tensor(from_torch({size}, {1}, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0)) {
+    ask_for_large_pages(tensor, size);
+  }
+  int64_t size;
+  Tensor tensor;
+  int64_t returned = 0;  // when: how many blocks had been taken
+};
+
+// Blocks that no tensor uses. They and those in use are together never more than was in use at once.
+class Pool {
+ public:
+  std::unique_ptr<Block> take(int64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    std::unique_ptr<Block> block = find(bytes);
+    if (!block) block = std::make_unique<Block>(bytes);
+    in_use_ += block->size;
+    most_in_use_ = std::max(most_in_use_, in_use_);
+    ++taken_;
+    while (!kept_.empty() && (in_use_ + size() > most_in_use_ || taken_ - kept_.front()->returned > kLongestRest)) {
+      kept_.erase(kept_.begin());  // the one that has rested longest
+    }
+    return block;
+  }
+
+  void give_back(std::unique_ptr<Block> block) {
+    const std::lock_guard lock(mutex_);
+    in_use_ -= block->size;
+    block->returned = taken_;
+    kept_.push_back(std::move(block));
+  }
+
+  int64_t release() {
+    const std::lock_guard lock(mutex_);
+    const int64_t released = size();
+    kept_.clear();
+    most_in_use_ = in_use_;
+    return released;
+  }
+
+ private:
+  // The smallest that is large enough, unless it is much too large.
+  std::unique_ptr<Block> find(int64_t bytes) {
+    auto best = kept_.end();
+    for (auto block = kept_.begin(); block != kept_.end(); ++block) {
+      const bool fits = (*block)->size >= bytes && (*block)->size - bytes <= bytes / 4;
+      if (fits && (best == kept_.end() || (*block)->size < (*best)->size)) best = block;
+    }
+    if (best == kept_.end()) return nullptr;
+    std::unique_ptr<Block> found = std::move(*best);
+    kept_.erase(best);
+    return found;
+  }
+
+  int64_t size() const {
+    return std::accumulate(kept_.begin(), kept_.end(), int64_t{0},
+                           [](int64_t sum, const auto& block) { return sum + block->size; });
+  }
+
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Block>> kept_;  // in the order in which they came back
+  int64_t in_use_ = 0, most_in_use_ = 0, taken_ = 0;
+};
+
+Pool& pool() {
+  static Pool* const made = new Pool;  // never destroyed: tensors may outlive what is static
+  return *made;
+}
+
+// Makes a tensor of memory that a function takes back: what torch has from 2.11 on.
+using FromBlob = AOTITorchError (*)(void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t,
+                                    AtenTensorHandle*, int32_t, const uint8_t*, int64_t, void (*)(void*, void*), void*);
+
+void return_block(void*, void* block) { pool().give_back(std::unique_ptr<Block>(static_cast<Block*>(block))); }
+
+}  // namespace
+
+Tensor new_tensor(const Sizes& sizes, const Sizes& strides, ScalarType type, int32_t device_type, int32_t device) {
+  static const auto from_blob = reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
+  const int64_t bytes = std::accumulate(sizes.begin(), sizes.end(), size_of(type), std::multiplies());
+  if (device_type != aoti_torch_device_type_cpu() || bytes < kLargePage || !from_blob) {
+    return from_torch(sizes, strides, code_of(type), device_type, device);
+  }
+  std::unique_ptr<Block> block = pool().take(bytes);
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(from_blob(block->tensor.mutable_data_ptr(), static_cast<int64_t>(sizes.size()),
+                                          sizes.data(), strides.data(), 0, code_of(type), device_type, -1, &made,
+                                          aoti_torch_layout_strided(), nullptr, 0, return_block, block.get()));
+  block.release();  // the tensor has it now
+  return Tensor(made);
+}
+
+int64_t empty_cache() { return pool().release(); }
+
+}  // namespace widenet
+
+// For Python to call, by ctypes.
+extern "C" __attribute__((visibility("default"))) int64_t widenet_empty_cache() { return widenet::empty_cache(); }
