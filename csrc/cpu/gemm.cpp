@@ -23,7 +23,7 @@ constexpr int64_t kFewRows = 8 * kTileRows;  // take less time than their b take
 static_assert(kBlockColumns % kTileColumns == 0);
 
 // For an out of bf16, whose rounding is more than the error of a long sum: then few sums go to memory, or none.
-constexpr int64_t kBf16Depth = kPair<bfloat16> == 2 ? 1024 : kDepth;
+constexpr int64_t kBf16Depth = WIDENET_REGISTER_BYTES == 64 ? 2 * kPair<bfloat16> * kDepth : kDepth;
 
 struct Range {
   int64_t begin, end;
@@ -238,8 +238,8 @@ void multiply_block(const GemmArgs& args, const Block& block, float* packed_b, A
 
 template <class T>
 void multiply_parts(const GemmArgs& args, int64_t begin, int64_t end) {
-  constexpr int64_t depth = kPair<T> == 2 ? steps<T>(kBf16Depth) : kDepth;
-  alignas(64) float packed_b[depth * kBlockColumns];  // 256 KiB with AVX-512, of pairs 512
+  constexpr int64_t depth = std::is_same_v<T, bfloat16> ? steps<T>(kBf16Depth) : kDepth;
+  alignas(64) float packed_b[depth * kBlockColumns];  // 256 KiB with AVX-512, of bf16 512
   for (std::optional<Block> block = first_block(args, begin), next; block; block = next) {
     next = next_block(args, *block, end);
     multiply_block<T>(args, *block, packed_b, ahead_of<T>(args, next));
@@ -256,8 +256,8 @@ void dispatch_float(DType type, F&& f) {
 
 }  // namespace
 
-const GemmTile gemm_tile{kTileRows,  kTileColumns,  kDepth,   kPair<bfloat16> == 2,
-                         kBf16Depth, kBlockColumns, kFewRows, kDotColumns};
+const GemmTile gemm_tile{kTileRows, kTileColumns, kDepth,   kPair<bfloat16> == 2, kBf16Depth, kBlockColumns,
+                         kFewRows,  kDotColumns,  kDotRows, kBf16DotRows};
 
 void gemm_pack(const GemmArgs& args, int64_t begin, int64_t end) {
   const int64_t padded = (args.m + kTileRows - 1) / kTileRows * kTileRows;

@@ -16,7 +16,6 @@ namespace {
 
 constexpr int64_t kTileRows = WIDENET_REGISTER_BYTES == 64 ? 4 : 2;
 constexpr int64_t kPieceBytes = 4096;  // of a line
-constexpr int64_t kMostRows = 96;      // whose sums are on the stack: 3 KiB
 
 // The sums of a tile, row by row, in whole vectors.
 using Sums = std::array<float, (kTileRows * kDotColumns + kLanes - 1) / kLanes * kLanes>;
@@ -94,13 +93,13 @@ Lines<T> part(const Lines<T>& lines, int64_t first, int64_t count, int64_t k) {
           std::min<int64_t>(kPieceBytes / sizeof(T), lines.depth - k), 1};
 }
 
-// At most kMostRows rows of a with kDotColumns columns of b. Each tile of rows fetches its share of what comes then:
-// the same columns' next piece, or the first of `next`.
+// All rows of a, at most kDotRows, with kDotColumns columns of b. Each tile of rows fetches its share of what comes
+// then: the same columns' next piece, or the first of `next`.
 template <class T>
 void multiply_columns(const Lines<T>& a, const Lines<T>& b, const Lines<T>& next, T* out, int64_t out_stride) {
   constexpr int64_t piece = kPieceBytes / sizeof(T);
   const int64_t tiles = (a.count + kTileRows - 1) / kTileRows, share = (kDotColumns + tiles - 1) / tiles;
-  Sums sums[kMostRows / kTileRows];
+  Sums sums[kDotRows / kTileRows];  // with AVX-512 2.3 KiB
   std::fill_n(sums, tiles, Sums{});
   for (int64_t k = 0; k < a.depth; k += piece) {
     const bool last = k + piece >= a.depth;
@@ -122,11 +121,8 @@ void multiply_group(const GemmArgs& args, int64_t column) {
     const auto* from = static_cast<const T*>(args.b.data) + first * args.b.column_stride;
     return Lines<T>{from, std::clamp<int64_t>(args.n - first, 0, kDotColumns), args.b.column_stride, args.k, 1};
   };
-  for (int64_t row = 0; row < args.m; row += kMostRows) {
-    const Lines<T> rows{a.from + row * a.stride, std::min(kMostRows, a.count - row), a.stride, a.depth, 1};
-    multiply_columns(rows, columns(column), columns(column + kDotColumns),
-                     static_cast<T*>(args.out) + row * args.out_stride + column, args.out_stride);
-  }
+  multiply_columns(a, columns(column), columns(column + kDotColumns), static_cast<T*>(args.out) + column,
+                   args.out_stride);
 }
 
 template <class T>
@@ -141,7 +137,7 @@ void multiply_groups(const GemmArgs& args, int64_t begin, int64_t end) {
 
 void gemm_dots(const GemmArgs& args, int64_t begin, int64_t end) {
   if (args.type == DType::f32) return multiply_groups<float>(args, begin, end);
-  if constexpr (kPair<bfloat16> == 2) multiply_groups<bfloat16>(args, begin, end);
+  multiply_groups<bfloat16>(args, begin, end);
 }
 
 }  // namespace widenet::WIDENET_LEVEL

@@ -11,8 +11,6 @@ constexpr int64_t kMostRows = 3072;         // of a, packed at a time
 constexpr int64_t kPackedFloats = 1 << 18;  // so much of a, unless one piece of K is more: it stays in cache
 constexpr int64_t kGrain = 1 << 14;         // elements that a thread packs at least
 constexpr int64_t kLeastWork = 1 << 18;     // products for which a thread is worth waking
-constexpr int64_t kDotRows = 72;            // of a at most for which gemm_dots is faster, measured with AVX-512
-constexpr int64_t kDotRowsInPairs = 32;     // where the packed products take half the time
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -71,10 +69,12 @@ void multiply_by_dots(const Kernels& kernels, const Product& product) {
 
 bool by_dots(const Kernels& kernels, const Product& product) {
   const bool along_k = product.a.column_stride == 1 && product.b.row_stride == 1;
-  const bool in_pairs = product.type == DType::bf16 && kernels.gemm_tile->pairs;
   if (!along_k || product.accumulate || product.out_type != product.type) return false;
-  if (product.n < kernels.gemm_tile->dot_columns) return false;
-  return in_pairs ? product.m <= kDotRowsInPairs : product.type == DType::f32 && product.m <= kDotRows;
+  const GemmTile& tile = *kernels.gemm_tile;
+  if (product.n < tile.dot_columns) return false;
+  return product.type == DType::f32    ? product.m <= tile.dot_rows
+         : product.type == DType::bf16 ? product.m <= tile.bf16_dot_rows
+                                       : false;
 }
 
 int64_t workspace_size(const Kernels& kernels, const Product& product) {

@@ -174,8 +174,8 @@ struct Operand {
 
 // out [M, N] (+)= a [M, K] b [K, N], summed in float. First `gemm_pack` over the tiles of a's rows, then `gemm` over
 // the row_parts * column_parts parts of out. Or, where a's rows and b's columns each lie in one piece, `gemm_dots` over
-// groups of the tile's dot_columns columns, which packs nothing and knows no sums outside: of f32 or, where it is
-// multiplied in pairs, bf16. The columns are one group at least, and what is less goes with the last.
+// groups of the tile's dot_columns columns, which packs nothing and knows no sums outside: of f32 or bf16, and no more
+// rows than the tile says. The columns are one group at least, and what is less goes with the last.
 struct GemmArgs {
   DType type;  // of a, b and out: f32, bf16 or f16
   int64_t m, n, k;
@@ -193,12 +193,13 @@ struct GemmArgs {
 
 // The sizes that gemm cuts its matrices into.
 struct GemmTile {
-  int64_t rows, columns, depth;  // of what is summed in registers, at most
-  bool pairs;                    // of neighbours of K are multiplied as one, in bf16
-  int64_t bf16_depth;            // as depth, for an out of bf16: from pairs more
-  int64_t part_columns;          // a part has at most so many
-  int64_t few_rows;              // and half as many where the rows are so few that b should be fetched ahead
-  int64_t dot_columns;           // a group of gemm_dots
+  int64_t rows, columns, depth;     // of what is summed in registers, at most
+  bool pairs;                       // of neighbours of K are multiplied as one, in bf16
+  int64_t bf16_depth;               // as depth, for an out of bf16
+  int64_t part_columns;             // a part has at most so many
+  int64_t few_rows;                 // and half as many where the rows are so few that b should be fetched ahead
+  int64_t dot_columns;              // a group of gemm_dots
+  int64_t dot_rows, bf16_dot_rows;  // that it is taken for, at most
 };
 
 struct Kernels {
@@ -223,10 +224,13 @@ struct Kernels {
   const GemmTile* gemm_tile;
 };
 
-// The kernels of every level that this CPU can run, best first.
+// The kernels of every level that this CPU can run, the highest first.
 std::span<const Kernels> supported_kernels();
 
-// Those of the best level.
+// Those of the level that is the fastest on this CPU.
 const Kernels& kernels();
+
+bool is_intel();
+bool has_tiles();  // instructions for products of tiles of bf16 (AMX)
 
 }  // namespace widenet

@@ -1,44 +1,13 @@
-// How the operands of gemm.cpp are packed, in panels of lines side by side, step by step along K; and how what is
-// packed, there or as it lies in memory, is multiplied.
-//
-// Where there is an instruction that adds two products of bf16 to a sum (AVX512_BF16), bf16 is packed in pairs, two
-// neighbours of K in the place of a float; elsewhere, and fp16, as floats.
+// How the operands of gemm.cpp are packed, in panels of lines side by side, step by step along K.
 #pragma once
 
 #include <algorithm>
-#include <utility>
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
-#include "vector.h"
+#include "products.h"
 
 namespace widenet::WIDENET_LEVEL {
 
-using Vector = Lanes<float>::type;
-constexpr int64_t kLanes = Lanes<float>::size;
-constexpr int64_t kLine = 64;                                          // bytes, of the caches
-constexpr int64_t kDotColumns = WIDENET_REGISTER_BYTES == 64 ? 6 : 4;  // of a tile of gemm_dots.cpp
-
-// How many neighbours of K are packed as one.
-template <class T>
-constexpr int64_t kPair = 1;
-#ifdef __AVX512BF16__
-template <>
-constexpr int64_t kPair<bfloat16> = 2;
-#endif
-
-template <class T>
-constexpr int64_t steps(int64_t depth) {
-  return (depth + kPair<T> - 1) / kPair<T>;
-}
-
-// The lanes of a and b in turn, from lane `first` on.
-template <int64_t first, class V, size_t... i>
-V interleave(V a, V b, std::index_sequence<i...>) {
-  return __builtin_shufflevector(a, b, (first + i / 2 + i % 2 * sizeof...(i))...);
-}
+constexpr int64_t kLine = 64;  // bytes, of the caches
 
 // n vectors of n lanes become their transpose: log n times every vector is interleaved with its partner half way on.
 inline void transpose(Vector* v) {
@@ -170,41 +139,6 @@ void pack(const Lines<T>& lines, float* packed) {
       }
     }
   }
-}
-
-// As bits: what is packed may be a pair.
-inline Vector broadcast(float x) {
-  typedef int32_t Bits __attribute__((vector_size(sizeof(Vector))));
-  return std::bit_cast<Vector>(std::bit_cast<int32_t>(x) - Bits{});
-}
-
-// sum + a b, lane by lane; of packed pairs, both products of each.
-template <class T>
-Vector add_products(Vector sum, Vector a, Vector b) {
-  if constexpr (kPair<T> == 1) {
-    return sum + a * b;
-  } else {
-#ifdef __AVX512BF16__
-    return std::bit_cast<Vector>(
-        _mm512_dpbf16_ps(std::bit_cast<__m512>(sum), std::bit_cast<__m512bh>(a), std::bit_cast<__m512bh>(b)));
-#endif
-  }
-}
-
-template <class T>
-void narrow_to(T* out, Vector value) {
-#ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    const auto narrowed = _mm512_cvtneps_pbh(std::bit_cast<__m512>(value));
-    std::memcpy(out, &narrowed, sizeof(narrowed));
-    return;
-  }
-#endif
-  float values[kLanes];  // in memory, or the loop is not vectorised
-  std::memcpy(values, &value, sizeof(value));
-  T narrowed[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) narrowed[i] = narrow<T>(values[i]);
-  std::memcpy(out, narrowed, sizeof(narrowed));
 }
 
 }  // namespace widenet::WIDENET_LEVEL

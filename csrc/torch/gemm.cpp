@@ -9,6 +9,8 @@
 namespace widenet {
 namespace {
 
+constexpr int64_t kLeastRows = 4, kMostRows = 40;  // of products of fp32 for which MKL packs longer than we multiply
+
 Tensor view(const Matrix& m) {
   const std::array<int64_t, 2> sizes{m.rows, m.columns}, strides{m.row_stride, m.column_stride};
   static const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
@@ -22,32 +24,25 @@ bool mkldnn_has(const char* question) {
          torch::stable::detail::to<bool>(stack[0]);
 }
 
-// On others MKL does without its AVX-512 kernels.
-bool is_intel() {
-#if defined(__x86_64__)
-  return __builtin_cpu_is("intel");
-#else
-  return false;
-#endif
-}
-
-// Whether torch's GEMM is slow here: MKL's is for Intel's CPUs, and without oneDNN torch multiplies bf16 and fp16 in
-// plain loops. Our kernels are worth it where vectors are wide.
+// Whether torch's GEMM is slow here, where vectors are wide enough for our kernels. MKL does without AVX-512 on CPUs
+// that are not Intel's; without oneDNN torch multiplies bf16 and fp16 in plain loops; and oneDNN takes bf16 on Intel's
+// CPUs in pairs, half as fast as our floats, or slower still, unless they have instructions for tiles.
 bool is_slow_in_torch(ScalarType type) {
   static const bool wide = kernels().gemm_tile->columns >= 16;
   static const bool f32 = !is_intel();
-  static const bool bf16 = !mkldnn_has("mkldnn::_is_mkldnn_bf16_supported");
+  static const bool bf16 = !mkldnn_has("mkldnn::_is_mkldnn_bf16_supported") || (is_intel() && !has_tiles());
   static const bool f16 = !mkldnn_has("mkldnn::_is_mkldnn_fp16_supported");
   if (!wide) return false;
   return type == ScalarType::Float ? f32 : type == ScalarType::BFloat16 ? bf16 : type == ScalarType::Half && f16;
 }
 
-// Where both multiply bf16 in pairs, ours reads a b whose rows lie in one piece faster than oneDNN, and of few rows one
-// whose columns do; else oneDNN is as fast on a b that has to be transposed. Intel's CPUs may have instructions for
-// tiles.
-bool is_faster_in_pairs(const Product& product) {
-  static const bool in_pairs = kernels().gemm_tile->pairs && !is_intel();
-  return in_pairs && product.type == DType::bf16 && (product.b.column_stride == 1 || by_dots(kernels(), product));
+// Where it is not slow, there are products that we do faster. Where both multiply bf16 in pairs: those with a b whose
+// rows lie in one piece and, of few rows, one whose columns do; else oneDNN is as fast on a b that has to be
+// transposed. Where MKL is at home: those of few rows that need no packing.
+bool is_faster_here(const Product& product) {
+  const bool pairs = kernels().gemm_tile->pairs;
+  if (product.type == DType::bf16) return pairs && (product.b.column_stride == 1 || by_dots(kernels(), product));
+  return product.type == DType::f32 && product.m >= kLeastRows && product.m <= kMostRows && by_dots(kernels(), product);
 }
 
 Product product_of(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
@@ -67,7 +62,7 @@ Product product_of(const Matrix& out, const Matrix& a, const Matrix& b, bool acc
 bool own_gemm(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
   if (!out.rows || !out.columns || !a.columns || out.column_stride != 1) return false;
   const Product product = product_of(out, a, b, accumulate);
-  if (!is_slow_in_torch(a.type) && !is_faster_in_pairs(product)) return false;
+  if (!is_slow_in_torch(a.type) && !is_faster_here(product)) return false;
   const int64_t size = workspace_size(kernels(), product);
   if (size == 0) {
     multiply(kernels(), product, nullptr);
