@@ -60,20 +60,30 @@ Vector add_products(Vector sum, Vector a, Vector b) {
   }
 }
 
+// to_bfloat16 of a vector.
+inline auto to_bfloat16(Vector value) {
+#ifdef __AVX512BF16__
+  return _mm512_cvtneps_pbh(std::bit_cast<__m512>(value));
+#else
+  typedef uint32_t Bits __attribute__((vector_size(sizeof(Vector))));
+  typedef uint16_t Halves __attribute__((vector_size(sizeof(Vector) / 2)));
+  const Bits bits = std::bit_cast<Bits>(value), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(value != value ? (bits >> 16) | 0x40 : rounded, Halves);
+#endif
+}
+
 template <class T>
 void narrow_to(T* out, Vector value) {
-#ifdef __AVX512BF16__
   if constexpr (std::is_same_v<T, bfloat16>) {
-    const auto narrowed = _mm512_cvtneps_pbh(std::bit_cast<__m512>(value));
+    const auto narrowed = to_bfloat16(value);
     std::memcpy(out, &narrowed, sizeof(narrowed));
-    return;
+  } else {
+    float values[kLanes];  // in memory, or the loop is not vectorised
+    std::memcpy(values, &value, sizeof(value));
+    T narrowed[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) narrowed[i] = narrow<T>(values[i]);
+    std::memcpy(out, narrowed, sizeof(narrowed));
   }
-#endif
-  float values[kLanes];  // in memory, or the loop is not vectorised
-  std::memcpy(values, &value, sizeof(value));
-  T narrowed[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) narrowed[i] = narrow<T>(values[i]);
-  std::memcpy(out, narrowed, sizeof(narrowed));
 }
 
 }  // namespace widenet::WIDENET_LEVEL
