@@ -112,7 +112,9 @@ def is_torchs(cpu: set[str], dtype: str, lies: str, num_rows: int) -> bool:
         return intel and not few_along_k
     if intel:
         return "amx_bf16" in cpu
-    return "avx512_bf16" in cpu and lies == "nk" and not few_along_k
+    if "avx512_bf16" in cpu:
+        return lies == "nk" and not few_along_k
+    return "avx512bw" in cpu  # of such torch says that it is fast
 
 
 def test_whose_products(counted):

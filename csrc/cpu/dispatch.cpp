@@ -1,8 +1,4 @@
 // Picks the kernels for the vector instructions of the CPU at hand.
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include "levels.h"
 
 namespace widenet {
@@ -48,9 +44,7 @@ bool is_intel() {
 
 bool has_tiles() {
 #if defined(__x86_64__)
-  constexpr unsigned kAmxBf16 = 1 << 22;
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16);
+  return __builtin_cpu_supports("amx-bf16");
 #else
   return false;
 #endif

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kTileRows = WIDENET_REGISTER_BYTES == 64 ? 4 : 2;
 constexpr int64_t kPieceBytes = 4096;  // of a line
+static_assert(kDotRows % kTileRows == 0 && kBf16DotRows <= kDotRows);
 
 // The sums of a tile, row by row, in whole vectors.
 using Sums = std::array<float, (kTileRows * kDotColumns + kLanes - 1) / kLanes * kLanes>;

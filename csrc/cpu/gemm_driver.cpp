@@ -72,9 +72,8 @@ bool by_dots(const Kernels& kernels, const Product& product) {
   if (!along_k || product.accumulate || product.out_type != product.type) return false;
   const GemmTile& tile = *kernels.gemm_tile;
   if (product.n < tile.dot_columns) return false;
-  return product.type == DType::f32    ? product.m <= tile.dot_rows
-         : product.type == DType::bf16 ? product.m <= tile.bf16_dot_rows
-                                       : false;
+  if (product.type == DType::f32) return product.m <= tile.dot_rows;
+  return product.type == DType::bf16 && product.m <= tile.bf16_dot_rows;
 }
 
 int64_t workspace_size(const Kernels& kernels, const Product& product) {

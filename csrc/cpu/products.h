@@ -37,9 +37,10 @@ V interleave(V a, V b, std::index_sequence<i...>) {
 }
 
 // Of a group of gemm_dots.cpp; and the most rows that it is taken for, beyond which to pack pays. Measured with
-// AVX-512: in pairs the packed products take half the time, and to widen a vector as long as to multiply it.
+// AVX-512: in pairs the packed products take half the time, and to widen a vector as long as to multiply it. Bf16 of
+// other levels was not measured.
 constexpr int64_t kDotColumns = WIDENET_REGISTER_BYTES == 64 ? 6 : 4;
-constexpr int64_t kDotRows = 72, kBf16DotRows = 16 * kPair<bfloat16>;
+constexpr int64_t kDotRows = 72, kBf16DotRows = WIDENET_REGISTER_BYTES == 64 ? 16 * kPair<bfloat16> : 0;
 
 // As bits: what is packed may be a pair.
 inline Vector broadcast(float x) {

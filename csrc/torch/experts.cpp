@@ -27,12 +27,12 @@ std::vector<Experts> shares_of(Experts experts) {
   return std::ranges::max(load) <= kUnevenness * mean ? shares : std::vector<Experts>();
 }
 
-// Dense, its dimensions in memory in the order of `like`, as torch's empty_like.
+// Dense, its dimensions in memory in the order of `like`; those that it repeats come first.
 Tensor dense_like(const Tensor& like) {
   Sizes sizes, strides(like.dim()), order(like.dim());
   for (int64_t i = 0; i < like.dim(); ++i) sizes.push_back(like.size(i));
   std::iota(order.rbegin(), order.rend(), int64_t{0});
-  std::ranges::stable_sort(order, {}, [&](int64_t i) { return like.stride(i); });
+  std::ranges::stable_sort(order, {}, [&](int64_t i) { return like.stride(i) ? like.stride(i) : INT64_MAX; });
   int64_t stride = 1;
   for (const int64_t i : order) {
     strides[i] = stride;

@@ -24,15 +24,13 @@ bool mkldnn_has(const char* question) {
          torch::stable::detail::to<bool>(stack[0]);
 }
 
-// Whether torch's GEMM is slow here, where vectors are wide enough for our kernels. MKL does without AVX-512 on CPUs
-// that are not Intel's; without oneDNN torch multiplies bf16 and fp16 in plain loops; and oneDNN takes bf16 on Intel's
-// CPUs in pairs, half as fast as our floats, or slower still, unless they have instructions for tiles.
+// Whether torch's GEMM is slow here. MKL does without AVX-512 on CPUs that are not Intel's; without oneDNN torch
+// multiplies bf16 and fp16 in plain loops; and oneDNN takes bf16 on Intel's CPUs in pairs, half as fast as our floats,
+// or slower still, unless they have instructions for tiles.
 bool is_slow_in_torch(ScalarType type) {
-  static const bool wide = kernels().gemm_tile->columns >= 16;
   static const bool f32 = !is_intel();
   static const bool bf16 = !mkldnn_has("mkldnn::_is_mkldnn_bf16_supported") || (is_intel() && !has_tiles());
   static const bool f16 = !mkldnn_has("mkldnn::_is_mkldnn_fp16_supported");
-  if (!wide) return false;
   return type == ScalarType::Float ? f32 : type == ScalarType::BFloat16 ? bf16 : type == ScalarType::Half && f16;
 }
 
@@ -60,7 +58,8 @@ Product product_of(const Matrix& out, const Matrix& a, const Matrix& b, bool acc
 
 // Multiplies by our own kernels, if they can and torch is slower.
 bool own_gemm(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
-  if (!out.rows || !out.columns || !a.columns || out.column_stride != 1) return false;
+  static const bool wide = kernels().gemm_tile->columns >= 16;  // vectors; with others we are slower
+  if (!wide || !out.rows || !out.columns || !a.columns || out.column_stride != 1) return false;
   const Product product = product_of(out, a, b, accumulate);
   if (!is_slow_in_torch(a.type) && !is_faster_here(product)) return false;
   const int64_t size = workspace_size(kernels(), product);

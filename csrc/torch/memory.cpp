@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
@@ -24,8 +25,12 @@ int64_t size_of(ScalarType type) {
     case ScalarType::Float:
     case ScalarType::Int:
       return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
     default:
-      return 2;  // bf16 or fp16
+      STD_TORCH_CHECK(false, "widenet_kernels: there is no memory for tensors of this dtype");
+      return 0;
   }
 }
 
@@ -59,20 +64,22 @@ struct Block {
   int64_t returned = 0;  // when: how many blocks had been taken
 };
 
-// Blocks that no tensor uses. They and those in use are together never more than was in use at once.
+using Blocks = std::vector<std::unique_ptr<Block>>;
+
+// Blocks that no tensor uses. They and those in use are together never more than was in use at once. What is made and
+// what is freed, is without the lock.
 class Pool {
  public:
   std::unique_ptr<Block> take(int64_t bytes) {
-    const std::lock_guard lock(mutex_);
-    std::unique_ptr<Block> block = find(bytes);
-    if (!block) block = std::make_unique<Block>(bytes);
-    in_use_ += block->size;
-    most_in_use_ = std::max(most_in_use_, in_use_);
-    ++taken_;
-    while (!kept_.empty() && (in_use_ + size() > most_in_use_ || taken_ - kept_.front()->returned > kLongestRest)) {
-      kept_.erase(kept_.begin());  // the one that has rested longest
+    std::unique_ptr<Block> block = take_kept(bytes);
+    if (block) return block;
+    try {
+      return std::make_unique<Block>(bytes);
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      in_use_ -= bytes;
+      throw;
     }
-    return block;
   }
 
   void give_back(std::unique_ptr<Block> block) {
@@ -82,15 +89,32 @@ class Pool {
     kept_.push_back(std::move(block));
   }
 
-  int64_t release() {
+  int64_t empty() {
+    Blocks freed;
     const std::lock_guard lock(mutex_);
-    const int64_t released = size();
-    kept_.clear();
+    std::swap(kept_, freed);
     most_in_use_ = in_use_;
-    return released;
+    return std::accumulate(freed.begin(), freed.end(), int64_t{0}, add_size);
   }
 
+  std::mutex& mutex() { return mutex_; }
+
  private:
+  // The block, or null where none fits: then there is room for it.
+  std::unique_ptr<Block> take_kept(int64_t bytes) {
+    Blocks freed;
+    const std::lock_guard lock(mutex_);
+    std::unique_ptr<Block> found = find(bytes);
+    in_use_ += found ? found->size : bytes;
+    most_in_use_ = std::max(most_in_use_, in_use_);
+    ++taken_;
+    while (!kept_.empty() && (in_use_ + size() > most_in_use_ || taken_ - kept_.front()->returned > kLongestRest)) {
+      freed.push_back(std::move(kept_.front()));  // the one that has rested longest
+      kept_.erase(kept_.begin());
+    }
+    return found;
+  }
+
   // The smallest that is large enough, unless it is much too large.
   std::unique_ptr<Block> find(int64_t bytes) {
     auto best = kept_.end();
@@ -104,22 +128,28 @@ class Pool {
     return found;
   }
 
-  int64_t size() const {
-    return std::accumulate(kept_.begin(), kept_.end(), int64_t{0},
-                           [](int64_t sum, const auto& block) { return sum + block->size; });
-  }
+  static int64_t add_size(int64_t sum, const std::unique_ptr<Block>& block) { return sum + block->size; }
+  int64_t size() const { return std::accumulate(kept_.begin(), kept_.end(), int64_t{0}, add_size); }
 
   std::mutex mutex_;
-  std::vector<std::unique_ptr<Block>> kept_;  // in the order in which they came back
+  Blocks kept_;  // in the order in which they came back
   int64_t in_use_ = 0, most_in_use_ = 0, taken_ = 0;
 };
 
+Pool& pool();
+void lock_pool() { pool().mutex().lock(); }
+void unlock_pool() { pool().mutex().unlock(); }
+
+// Never destroyed: tensors may outlive what is static. While a process forks no thread holds the lock.
 Pool& pool() {
-  static Pool* const made = new Pool;  // never destroyed: tensors may outlive what is static
+  static Pool* const made = [] {
+    pthread_atfork(lock_pool, unlock_pool, unlock_pool);
+    return new Pool;
+  }();
   return *made;
 }
 
-// Makes a tensor of memory that a function takes back: what torch has from 2.11 on.
+// Makes a tensor of memory that a function takes back: what torch has from 2.11.0 on (its nightlies had another form).
 using FromBlob = AOTITorchError (*)(void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t,
                                     AtenTensorHandle*, int32_t, const uint8_t*, int64_t, void (*)(void*, void*), void*);
 
@@ -130,19 +160,21 @@ void return_block(void*, void* block) { pool().give_back(std::unique_ptr<Block>(
 Tensor new_tensor(const Sizes& sizes, const Sizes& strides, ScalarType type, int32_t device_type, int32_t device) {
   static const auto from_blob = reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
   const int64_t bytes = std::accumulate(sizes.begin(), sizes.end(), size_of(type), std::multiplies());
-  if (device_type != aoti_torch_device_type_cpu() || bytes < kLargePage || !from_blob) {
-    return from_torch(sizes, strides, code_of(type), device_type, device);
+  const bool large = device_type == aoti_torch_device_type_cpu() && bytes >= kLargePage;
+  if (!large || !from_blob) {
+    const Tensor t = from_torch(sizes, strides, code_of(type), device_type, device);
+    if (large) ask_for_large_pages(t, bytes);
+    return t;
   }
-  std::unique_ptr<Block> block = pool().take(bytes);
+  Block* const block = pool().take(bytes).release();  // lost if what follows fails: torch may have it or not
   AtenTensorHandle made = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(from_blob(block->tensor.mutable_data_ptr(), static_cast<int64_t>(sizes.size()),
                                           sizes.data(), strides.data(), 0, code_of(type), device_type, -1, &made,
-                                          aoti_torch_layout_strided(), nullptr, 0, return_block, block.get()));
-  block.release();  // the tensor has it now
+                                          aoti_torch_layout_strided(), nullptr, 0, return_block, block));
   return Tensor(made);
 }
 
-int64_t empty_cache() { return pool().release(); }
+int64_t empty_cache() { return pool().empty(); }
 
 }  // namespace widenet
 

@@ -9,10 +9,11 @@ from widenet_kernels.testing.numerics import assert_as_good_as, assert_same_bits
 
 pytestmark = pytest.mark.parametrize("kernels", native.GEMM_LEVELS, indirect=True)
 
-# M, K, N: single elements; a tile of 6 or 12 rows and 16 or 32 columns, one less, one more; pieces of 192 of K, or of
-# 1,024 in pairs; blocks of 256 columns, or of 128 where rows are few; more rows than are packed at a time (3,072), more
-# of K than is packed at a time beside them. Where both lie along K, dot products of up to 72 rows, of bf16 up to 16, or
-# 32 in pairs: a tile of 2 or 4 rows and 4 or 6 columns, one less, one more; pieces of 1,024 of K, or of 2,048 of bf16.
+# M, K, N: single elements; a tile of 6 or 12 rows and 16 or 32 columns, one less, one more; pieces of 192 of K, of bf16
+# 512 or, in pairs, 1,024; blocks of 256 columns, or of 128 where rows are few; more rows than are packed at a time
+# (3,072), more of K than is packed at a time beside them. Where both lie along K, dot products of up to 72 rows, of
+# bf16 up to 16, or 32 in pairs: a tile of 2 or 4 rows and 4 or 6 columns, one less, one more; pieces of 1,024 of K, or
+# of 2,048 of bf16.
 SIZES = (
     (1, 1, 1),
     (2, 3, 5),

@@ -81,9 +81,9 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         version, torch; native (is the compiled library loaded), reason if not, library (its path); native_ops (device
-        type -> the ops that are in it); stable_abi (the oldest LibTorch whose ABI it keeps to); cpu_level (vector
-        instructions); cuda_toolkit and cuda_architectures (CMake's names; empty without CUDA kernels); cuda_problem
-        (why those cannot be used on this machine, empty if they can).
+        type -> the ops that are in it); stable_abi (the oldest LibTorch whose ABI it keeps to); cpu_level (of the
+        vector instructions that are used); cuda_toolkit and cuda_architectures (CMake's names; empty without CUDA
+        kernels); cuda_problem (why those cannot be used on this machine, empty if they can).
     """
     from widenet_kernels import __version__
 
