@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kColumns = 64;  // of D at a time in the backward: the sums stay in cache
 constexpr int64_t kTokens = 64;   // are summed apart before they are added: a long sum loses few digits
+constexpr int64_t kExperts = 64;  // likewise
 
 // Four experts share each load of x.
 template <class T, class A>
@@ -51,9 +52,14 @@ void grad_x_of_token(const RouteBackwardArgs& args, int64_t t) {
   for (int64_t first = 0; first < args.dim; first += kColumns) {
     const int64_t n = first + kColumns < args.dim ? kColumns : args.dim - first;
     A total[kColumns] = {};
-    for (int64_t e = 0; e < args.num_experts; ++e) {
-      const A* w = router_weight + e * args.dim + first;
-      for (int64_t i = 0; i < n; ++i) total[i] += grad[e] * w[i];
+    for (int64_t begin = 0; begin < args.num_experts; begin += kExperts) {
+      const int64_t end = begin + kExperts < args.num_experts ? begin + kExperts : args.num_experts;
+      A sums[kColumns] = {};
+      for (int64_t e = begin; e < end; ++e) {
+        const A* w = router_weight + e * args.dim + first;
+        for (int64_t i = 0; i < n; ++i) sums[i] += grad[e] * w[i];
+      }
+      for (int64_t i = 0; i < n; ++i) total[i] += sums[i];
     }
     for (int64_t i = 0; i < n; ++i) grad_x[first + i] = narrow<T>(total[i]);
   }
