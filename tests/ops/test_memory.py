@@ -1,6 +1,7 @@
 """The memory of large CPU tensors, which the native ops keep for the next of about the same size."""
 
 import concurrent.futures
+import gc
 import os
 
 import pytest
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.skipif(not KEEPS, reason="torch before 2.11 has no from
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
+    gc.collect()  # tensors of earlier tests would come back in the midst of one
     wk.empty_cache()
     yield
     wk.empty_cache()
