@@ -103,6 +103,13 @@ struct Place {
   T* out;           // or null
   int64_t out_stride;
 
+  // What will be read or written there, while the sums are made.
+  void fetch(int64_t row) const {
+    for (int64_t i = 0; i < kTileColumns; i += kLine / sizeof(float)) {
+      if (accumulate || !out) __builtin_prefetch(sums + row * sums_stride + i, 1);
+    }
+    if (out) __builtin_prefetch(out + row * out_stride, 1);
+  }
   void put(int64_t row, int64_t column, Vector value) const {
     float* at = sums + row * sums_stride + column;
     if (accumulate) value += load<float>(at);
@@ -123,10 +130,13 @@ struct Place {
   }
 };
 
-// A tile of at most most_rows rows: (+)= a b over a packed depth.
+// A tile of at most most_rows rows: (+)= a b over a packed depth. The place is copied here, where its members come from
+// the stores that made them: a copy made for the call loads two at once, and waits for all that is stored before.
 template <class T, int64_t most_rows, class B>
-__attribute__((noinline)) void multiply(int64_t depth, const float* __restrict a, const B b, const Place<T> place,
+__attribute__((noinline)) void multiply(int64_t depth, const float* __restrict a, const B b, const Place<T>& target,
                                         int64_t rows) {
+  const Place<T> place = target;
+  for (int64_t i = 0; i < rows; ++i) place.fetch(i);
   Vector sums[most_rows][2] = {};
   for (int64_t p = 0; p < depth; ++p) {
     Vector b0, b1;
@@ -139,7 +149,9 @@ __attribute__((noinline)) void multiply(int64_t depth, const float* __restrict a
   }
 #pragma GCC unroll 16
   for (int64_t i = 0; i < most_rows; ++i) {
-    for (int64_t j = 0; j < 2 && i < rows; ++j) place.put(i, j * kLanes, sums[i][j]);
+    if (i >= rows) break;
+    place.put(i, 0, sums[i][0]);
+    place.put(i, kLanes, sums[i][1]);
   }
 }
 

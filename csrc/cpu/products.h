@@ -4,9 +4,10 @@
 // neighbours of K in the place of a float; elsewhere, and fp16, as floats.
 #pragma once
 
+#include <array>
 #include <utility>
 
-#ifdef __AVX512BF16__
+#ifdef __F16C__
 #include <immintrin.h>
 #endif
 
@@ -36,11 +37,13 @@ V interleave(V a, V b, std::index_sequence<i...>) {
   return __builtin_shufflevector(a, b, (first + i / 2 + i % 2 * sizeof...(i))...);
 }
 
-// Of a group of gemm_dots.cpp; and the most rows that it is taken for, beyond which to pack pays. Measured with
-// AVX-512: in pairs the packed products take half the time, and to widen a vector as long as to multiply it. Bf16 of
-// other levels was not measured.
+// Of a group of gemm_dots.cpp; and the most rows that it is taken for, beyond which to pack pays, as measured: in pairs
+// the packed products take half the time, and to widen a vector takes as long as to multiply it.
 constexpr int64_t kDotColumns = WIDENET_REGISTER_BYTES == 64 ? 6 : 4;
-constexpr int64_t kDotRows = 72, kBf16DotRows = WIDENET_REGISTER_BYTES == 64 ? 16 * kPair<bfloat16> : 0;
+constexpr int64_t kDotRows = WIDENET_REGISTER_BYTES == 64 ? 72 : 40;
+constexpr int64_t kBf16DotRows = WIDENET_REGISTER_BYTES == 64   ? 16 * kPair<bfloat16>
+                                 : WIDENET_REGISTER_BYTES == 32 ? 12
+                                                                : 0;
 
 // As bits: what is packed may be a pair.
 inline Vector broadcast(float x) {
@@ -73,18 +76,30 @@ inline auto to_bfloat16(Vector value) {
 #endif
 }
 
+// to_float16 of a vector. Without the instruction by way of memory, or the loop is not vectorised.
+inline auto to_float16(Vector value) {
+#if defined(__AVX512F__)
+  return _mm512_cvtps_ph(std::bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return _mm256_cvtps_ph(std::bit_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT);
+#else
+  float values[kLanes];
+  std::memcpy(values, &value, sizeof(value));
+  std::array<float16, kLanes> narrowed;
+  for (int64_t i = 0; i < kLanes; ++i) narrowed[i] = to_float16(values[i]);
+  return narrowed;
+#endif
+}
+
+// In registers: if one sum of a tile went by way of memory, the compiler would keep the whole tile there.
 template <class T>
 void narrow_to(T* out, Vector value) {
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    const auto narrowed = to_bfloat16(value);
-    std::memcpy(out, &narrowed, sizeof(narrowed));
-  } else {
-    float values[kLanes];  // in memory, or the loop is not vectorised
-    std::memcpy(values, &value, sizeof(value));
-    T narrowed[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) narrowed[i] = narrow<T>(values[i]);
-    std::memcpy(out, narrowed, sizeof(narrowed));
-  }
+  const auto narrowed = [&] {
+    if constexpr (std::is_same_v<T, bfloat16>) return to_bfloat16(value);
+    if constexpr (std::is_same_v<T, float16>) return to_float16(value);
+    if constexpr (std::is_same_v<T, float>) return value;
+  }();
+  std::memcpy(out, &narrowed, sizeof(narrowed));
 }
 
 }  // namespace widenet::WIDENET_LEVEL

@@ -11,9 +11,9 @@ pytestmark = pytest.mark.parametrize("kernels", native.GEMM_LEVELS, indirect=Tru
 
 # M, K, N: single elements; a tile of 6 or 12 rows and 16 or 32 columns, one less, one more; pieces of 192 of K, of bf16
 # 512 or, in pairs, 1,024; blocks of 256 columns, or of 128 where rows are few; more rows than are packed at a time
-# (3,072), more of K than is packed at a time beside them. Where both lie along K, dot products of up to 72 rows, of
-# bf16 up to 16, or 32 in pairs: a tile of 2 or 4 rows and 4 or 6 columns, one less, one more; pieces of 1,024 of K, or
-# of 2,048 of bf16.
+# (3,072), more of K than is packed at a time beside them. Where both lie along K, dot products of up to 40 or 72 rows,
+# of bf16 up to 12 or 16, or 32 in pairs: a tile of 2 or 4 rows and 4 or 6 columns, one less, one more; pieces of 1,024
+# of K, or of 2,048 of bf16.
 SIZES = (
     (1, 1, 1),
     (2, 3, 5),
@@ -27,10 +27,13 @@ SIZES = (
     (25, 1051, 70),
     (3, 16, 6),
     (5, 2049, 11),
+    (12, 70, 13),
     (16, 70, 13),
     (17, 70, 13),
     (32, 70, 13),
     (33, 70, 13),
+    (40, 100, 15),
+    (41, 100, 15),
     (72, 100, 15),
     (73, 100, 15),
 )
@@ -110,6 +113,15 @@ def test_nan_stays_in_its_row_and_column(kernels, dtype, transpose_b):
     assert_same_bits(dirty[:19, :49], clean[:19, :49])
     assert dirty[19].isnan().all()
     assert not dirty[:, 49].isfinite().any()
+
+
+def test_sums_become_the_nearest_half(kernels):
+    """Each half times numbers that leave most products between two halves, below the normal ones or beyond the last."""
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).view(-1, 1)
+    factors = torch.linspace(0.3, 3, 17, dtype=torch.float16).view(1, -1)
+    out, expected = kernels.gemm(halves, factors), (halves.float() * factors.float()).half()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert_same_bits(out.nan_to_num(nan=0), expected.nan_to_num(nan=0))
 
 
 @of_sizes((0, 3, 4), (3, 4, 0))
