@@ -11,6 +11,8 @@ constexpr int64_t kMostRows = 3072;         // of a, packed at a time
 constexpr int64_t kPackedFloats = 1 << 18;  // so much of a, unless one piece of K is more: it stays in cache
 constexpr int64_t kGrain = 1 << 14;         // elements that a thread packs at least
 constexpr int64_t kLeastWork = 1 << 18;     // products for which a thread is worth waking
+constexpr int64_t kLeastTiles = 16;         // of rows, for which a thread packs a b that another packs too
+constexpr int64_t kLeastRowShare = 4;       // and no fewer rows than this part of b's columns
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -40,14 +42,21 @@ struct Workspace {
   int64_t packed() const { return rows * depth; }
 };
 
-// Every thread a part of out, if there is as much to do, and none with more columns than fit.
+// Every thread a part of out, if there is as much to do, and none with more columns than fit. Where rows can be shared
+// out, a thread multiplies what it has packed of a itself, and does not wait for another core's cache.
 void cut(GemmArgs& args, const GemmTile& tile) {
   const int64_t threads = std::clamp<int64_t>(args.m * args.n * args.k / kLeastWork, 1, num_threads());
+  const int64_t least_rows = std::max(kLeastTiles * tile.rows, args.n / kLeastRowShare);
+  args.row_parts = std::clamp<int64_t>(args.m / least_rows, 1, threads);
+  while (threads % args.row_parts > 0) --args.row_parts;
   // a single tile of rows reads b from memory at every step: it leaves no time in which the next could be fetched
   args.fetch_ahead = args.m > tile.rows && args.m <= tile.few_rows && args.b.column_stride == 1;
-  const int64_t least = ceil_div(args.n, args.fetch_ahead ? tile.part_columns / 2 : tile.part_columns);
-  args.column_parts = std::min(ceil_div(least, threads) * threads, ceil_div(args.n, tile.columns));
-  args.row_parts = std::min(ceil_div(threads, args.column_parts), ceil_div(args.m, tile.rows));
+  const int64_t least_parts = ceil_div(args.n, args.fetch_ahead ? tile.part_columns / 2 : tile.part_columns);
+  const int64_t side_by_side = threads / args.row_parts;
+  args.column_parts = std::min(ceil_div(least_parts, side_by_side) * side_by_side, ceil_div(args.n, tile.columns));
+  if (args.row_parts * args.column_parts < threads) {
+    args.row_parts = std::min(ceil_div(threads, args.column_parts), ceil_div(args.m, tile.rows));
+  }
 }
 
 void multiply_by_dots(const Kernels& kernels, const Product& product) {
