@@ -51,10 +51,15 @@ def share(value: float | None) -> str:
 HEADER = [*KEY, "old ms", "new ms", "new/old", "old share", "new share", "change", "verdict"]
 
 
-def differences(old: Results, new: Results, threshold: float) -> tuple[list[Change], list[str]]:
-    """The measurements in both, and a line for each that only one of them has or could time."""
+class Differences(NamedTuple):
+    changes: list[Change]  # the measurements in both
+    lines: list[str]  # one for each that only one of them has or could time
+    lost: int  # of ours, timed in the old file, without a time in the new one
+
+
+def differences(old: Results, new: Results, threshold: float) -> Differences:
     rows = [{key(row): row for row in results.rows} for results in (old, new)]
-    changes, lines = [], []
+    changes, lines, lost = [], [], 0
     for name in dict.fromkeys([*rows[0], *rows[1]]):
         before, after = (found.get(name) for found in rows)
         if before and after and "ms" in before and "ms" in after:
@@ -63,8 +68,9 @@ def differences(old: Results, new: Results, threshold: float) -> tuple[list[Chan
             lines.append(f"only in the {'new' if before is None else 'old'} file: {' '.join(map(str, name))}")
         elif "ms" in before or "ms" in after:
             untimed, which = (after, "old") if "ms" in before else (before, "new")
+            lost += which == "old" and before["kind"] == "ours"
             lines.append(f"timed only in the {which} file: {' '.join(map(str, name))}: {untimed['why']}")
-    return changes, lines
+    return Differences(changes, lines, lost)
 
 
 def machine_warning(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -72,7 +78,7 @@ def machine_warning(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if not names:
         return []
     differing = "; ".join(f"{name} {old.get(name)} and {new.get(name)}" for name in names)
-    return [f"warning: not the same machine, so times do not compare, shares of the limit may: {differing}"]
+    return [f"warning: not the same machine or versions, so times do not compare, shares of the limit may: {differing}"]
 
 
 def aligned(table: list[list[str]]) -> list[str]:
@@ -81,12 +87,12 @@ def aligned(table: list[list[str]]) -> list[str]:
 
 
 def run(options: argparse.Namespace) -> None:
-    changes, lines = differences(options.old, options.new, options.threshold)
+    changes, lines, lost = differences(options.old, options.new, options.threshold)
     table = aligned([HEADER, *(change.columns() for change in changes)]) if changes else []
     verdicts = [change.verdict for change in changes]
-    summary = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS)
+    summary = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS) + f", {lost} lost"
     print("\n".join([*machine_warning(options.old.machine, options.new.machine), *table, *lines, summary]))
-    if options.fail and any(change.regressed for change in changes):
+    if options.fail and (lost or any(change.regressed for change in changes)):
         sys.exit(1)
 
 
@@ -102,5 +108,6 @@ def add_command(commands: Any) -> None:
     parser.add_argument("old", type=as_argument(load), metavar="OLD.json")
     parser.add_argument("new", type=as_argument(load), metavar="NEW.json")
     parser.add_argument("--threshold", type=nonnegative, default=0.05, help="of the old time, 0.05 if not given")
-    parser.add_argument("--fail", action="store_true", help="exit with 1 if a row of ours became slower")
+    about = "exit with 1 if a row of ours became slower, or has no time any more"
+    parser.add_argument("--fail", action="store_true", help=about)
     parser.set_defaults(run=run)

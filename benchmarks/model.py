@@ -39,7 +39,7 @@ def contenders(config: WideNetConfig, images: int, inputs: Inputs) -> list[Conte
             lambda loss: relative_error(loss, truth()), flops=flops,
         ),
         Contender(
-            "plain torch", "peer", functools.partial(Step, config, images, inputs, "reference"), flops=flops, work=flops
+            "reference", "peer", functools.partial(Step, config, images, inputs, "reference"), flops=flops, work=flops
         ),
     ]  # fmt: skip
 

@@ -109,7 +109,8 @@ def device_name(machine: dict[str, Any], device: str) -> str:
 def software(machine: dict[str, Any]) -> str:
     """Versions, commit, date and what is set: "torch 2.13.0, widenet_kernels 0.1.0 at 1aca8b2, 2026-01-31"."""
     cuda = f", CUDA {machine['cuda']}" if machine["cuda"] else ""
-    commit = f" at {machine['commit'][:7]}" if machine["commit"] else ""
+    at, dash, dirty = (machine["commit"] or "").partition("-")  # "-dirty" where the checkout had changes
+    commit = f" at {at[:7]}{dash}{dirty}" if at else ""
     tunables = machine.get("glibc_tunables")  # older files do not have it
     package = f"widenet_kernels {machine['widenet_kernels']}{commit}"
     parts = [f"torch {machine['torch']}{cuda}", package, machine["date"]]

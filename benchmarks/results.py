@@ -76,9 +76,12 @@ def host_us(section: Section, limit: Row | None, row: Row) -> float | None:
 
 
 def paired_ratio(part: Row | None, whole: Row) -> float | None:
-    """The median over the rounds of the ratio within a round: a slow phase of the machine slows both."""
+    """The median over the rounds of the ratio within a round: a slow phase of the machine slows both. What was called
+    once was called in no round."""
     if part is None or "ms" not in whole:
         return None
+    if min(part["rounds"], whole["rounds"]) == 1:
+        return ratio(part["ms"], whole["ms"])
     return statistics.median(a / b for a, b in zip(part["turns_ms"], whole["turns_ms"], strict=False))
 
 

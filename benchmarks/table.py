@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .reading import Results, Row, as_argument, at_full_width, device_name, load, software, timed, values
+from .timing import LEAST_ROUNDS
 
 MEMORY = "peak memory (least peer)"
 HEADER = ("shape", "dtype", "pass", "ours", "GFLOP/s", "limit", "of its speed", "best peer", "times as fast", MEMORY)
@@ -57,7 +58,11 @@ def line(ours: Row, rows: list[Row]) -> str:
 
 
 def spread(row: Row) -> str:
-    return "(called once)" if row["rounds"] == 1 else f"± {number(row['spread_ms'] / 2)}"
+    """Half the distance of the quartiles, and how often it was measured where that was not often enough."""
+    if row["rounds"] == 1:
+        return "(called once)"
+    rounds = f" ({row['rounds']} rounds)" if row["rounds"] < LEAST_ROUNDS else ""
+    return f"± {number(row['spread_ms'] / 2)}{rounds}"
 
 
 def mebibytes(value: float | None) -> str:

@@ -53,7 +53,7 @@ class Clock:
     device = "cpu"
 
     def __init__(self) -> None:
-        self._flops_per_second: dict[torch.dtype, float] = {}
+        self._flops_per_second: dict[tuple[torch.dtype, int], float] = {}  # by dtype and threads
 
     def prepare(self, call: Call, graph: bool) -> tuple[Call, str]:
         """What is to be called in the rounds, and how it is timed."""
@@ -104,15 +104,16 @@ class Clock:
 
     def foreseen_seconds(self, flops: float, dtype: torch.dtype) -> float:
         """By the speed of one small product: without instructions for a dtype, it can be hundreds of times slower."""
-        if dtype not in self._flops_per_second:
+        measured = (dtype, torch.get_num_threads())
+        if measured not in self._flops_per_second:
             side, times = 256, []
             a = torch.ones(side, side, dtype=dtype)
             for _ in range(10):  # the fastest counts: others may use the machine too
                 start = time.perf_counter()
                 torch.mm(a, a)
                 times.append(time.perf_counter() - start)
-            self._flops_per_second[dtype] = 2 * side**3 / min(times)
-        return flops / self._flops_per_second[dtype]
+            self._flops_per_second[measured] = 2 * side**3 / min(times)
+        return flops / self._flops_per_second[measured]
 
 
 class CudaClock(Clock):

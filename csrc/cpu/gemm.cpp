@@ -3,8 +3,9 @@
 // The scheme of Goto and van de Geijn (2008, ACM TOMS 34.3): a lies packed in tiles of kTileRows rows, k by k, so that
 // a tile's piece of K stays in the first-level cache; a block of b, a piece x at most kBlockColumns, is packed as the
 // first tile of rows reads it, and stays in the thread's second-level cache; kTileRows x kTileColumns sums stay in
-// registers for a piece. 2 M N K flops; a and b are read once and written once as floats, out is read and written once
-// for each piece of K. The pieces are the same whatever the threads do, so the bits are too.
+// registers for a piece. 2 M N K flops; a is read once and written once as floats, b once for each part of the rows,
+// out is read and written once for each piece of K. The pieces are the same whatever the threads do, so the bits are
+// too.
 #include <algorithm>
 #include <optional>
 
@@ -111,23 +112,24 @@ struct Place {
     if (out) __builtin_prefetch(out + row * out_stride, 1);
   }
   void put(int64_t row, int64_t column, Vector value) const {
-    float* at = sums + row * sums_stride + column;
-    if (accumulate) value += load<float>(at);
-    if (!out) {
-      std::memcpy(at, &value, sizeof(value));
-    } else {
+    if (accumulate) value += load<float>(sum(row, column));
+    if (out) {
       narrow_to(out + row * out_stride + column, value);
+    } else {
+      std::memcpy(sum(row, column), &value, sizeof(value));
     }
   }
   void put(int64_t row, int64_t column, float value) const {
-    float& at = sums[row * sums_stride + column];
-    if (accumulate) value += at;
-    if (!out) {
-      at = value;
-    } else {
+    if (accumulate) value += *sum(row, column);
+    if (out) {
       out[row * out_stride + column] = narrow<T>(value);
+    } else {
+      *sum(row, column) = value;
     }
   }
+
+ private:
+  float* sum(int64_t row, int64_t column) const { return sums + row * sums_stride + column; }
 };
 
 // A tile of at most most_rows rows: (+)= a b over a packed depth. The place is copied here, where its members come from

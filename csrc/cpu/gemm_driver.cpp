@@ -48,13 +48,13 @@ void cut(GemmArgs& args, const GemmTile& tile) {
   const int64_t threads = std::clamp<int64_t>(args.m * args.n * args.k / kLeastWork, 1, num_threads());
   const int64_t least_rows = std::max(kLeastTiles * tile.rows, args.n / kLeastRowShare);
   args.row_parts = std::clamp<int64_t>(args.m / least_rows, 1, threads);
-  while (threads % args.row_parts > 0) --args.row_parts;
+  while (threads % args.row_parts > 0) --args.row_parts;  // or some would have a part more than others
   // a single tile of rows reads b from memory at every step: it leaves no time in which the next could be fetched
   args.fetch_ahead = args.m > tile.rows && args.m <= tile.few_rows && args.b.column_stride == 1;
   const int64_t least_parts = ceil_div(args.n, args.fetch_ahead ? tile.part_columns / 2 : tile.part_columns);
   const int64_t side_by_side = threads / args.row_parts;
   args.column_parts = std::min(ceil_div(least_parts, side_by_side) * side_by_side, ceil_div(args.n, tile.columns));
-  if (args.row_parts * args.column_parts < threads) {
+  if (args.row_parts * args.column_parts < threads) {  // so narrow is out
     args.row_parts = std::min(ceil_div(threads, args.column_parts), ceil_div(args.m, tile.rows));
   }
 }

@@ -74,12 +74,16 @@ class Pool {
     std::unique_ptr<Block> block = take_kept(bytes);
     if (block) return block;
     try {
-      return std::make_unique<Block>(bytes);
+      block = make(bytes);
     } catch (...) {
       const std::lock_guard lock(mutex_);
       in_use_ -= bytes;
+      most_in_use_ = in_use_;
       throw;
     }
+    const std::lock_guard lock(mutex_);
+    most_in_use_ = std::max(most_in_use_, in_use_);
+    return block;
   }
 
   void give_back(std::unique_ptr<Block> block) {
@@ -100,15 +104,25 @@ class Pool {
   std::mutex& mutex() { return mutex_; }
 
  private:
+  // Where there is no memory, what rests here may be what is missing.
+  std::unique_ptr<Block> make(int64_t bytes) {
+    try {
+      return std::make_unique<Block>(bytes);
+    } catch (...) {
+      if (empty() == 0) throw;
+      return std::make_unique<Block>(bytes);
+    }
+  }
+
   // The block, or null where none fits: then there is room for it.
   std::unique_ptr<Block> take_kept(int64_t bytes) {
     Blocks freed;
     const std::lock_guard lock(mutex_);
     std::unique_ptr<Block> found = find(bytes);
     in_use_ += found ? found->size : bytes;
-    most_in_use_ = std::max(most_in_use_, in_use_);
+    const int64_t most = std::max(most_in_use_, in_use_);  // if it can be made
     ++taken_;
-    while (!kept_.empty() && (in_use_ + size() > most_in_use_ || taken_ - kept_.front()->returned > kLongestRest)) {
+    while (!kept_.empty() && (in_use_ + size() > most || taken_ - kept_.front()->returned > kLongestRest)) {
       freed.push_back(std::move(kept_.front()));  // the one that has rested longest
       kept_.erase(kept_.begin());
     }

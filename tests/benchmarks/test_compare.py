@@ -37,7 +37,7 @@ def scaled(factor, contender="ours", **other):
 def test_nothing_changed(files, capsys):
     invented.run(compare, "compare", *files(lambda new: None), "--fail")
     out = capsys.readouterr().out
-    assert "0 slower, 0 faster, 26 same, 0 once" in out
+    assert "0 slower, 0 faster, 26 same, 0 once, 0 lost" in out
     assert "warning" not in out
 
 
@@ -59,7 +59,7 @@ def test_one_row_changed(files, capsys, change, arguments, verdict, code):
         invented.run(compare, "compare", *files(change), *arguments)
     summary = capsys.readouterr().out.splitlines()[-1]
     counts = {word: int(count) for count, word in (part.split() for part in summary.split(", "))}
-    expected = {"slower": 0, "faster": 0, "same": 25, "once": 0}
+    expected = {"slower": 0, "faster": 0, "same": 25, "once": 0, "lost": 0}
     assert counts == expected | {verdict: 26 if verdict == "same" else 1}
 
 
@@ -73,6 +73,19 @@ def test_noise_is_the_larger_of_both_spreads(spreads, verdict):
 def test_threads_are_the_cpus():
     rows = [invented.row("layer", "ours", 1.0, device=device, threads=n) for device in ("cpu", "cuda") for n in (1, 2)]
     assert [len({reading.key(row) for row in pair}) for pair in (rows[:2], rows[2:])] == [2, 1]
+
+
+def test_a_row_of_ours_without_a_time_is_lost(files, capsys):
+    """A build that became wrong is not measured, which is no reason to call it as fast as before."""
+
+    def wrong(new):
+        row = one_row(new)
+        del row["ms"]
+        row["why"] = "WRONG: off by 0.5"
+
+    with pytest.raises(SystemExit, match="1"):
+        invented.run(compare, "compare", *files(wrong), "--fail")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("1 lost")
 
 
 def test_columns(files, capsys):
@@ -98,7 +111,7 @@ def test_rows_of_one_file_are_named(files, capsys):
     assert "only in the old file: layer wide-1000 fp32 forward cpu 2 peer bmm" in lines
     assert "only in the new file: layer wide-1000 fp32 forward cpu 2 newcomer" in lines
     assert "timed only in the old file: layer wide-1000 fp32 forward cpu 2 peer loop: out of memory" in lines
-    assert lines[-1].endswith("24 same, 0 once")
+    assert lines[-1].endswith("24 same, 0 once, 0 lost")
 
 
 def test_other_machine_is_a_warning_another_commit_is_not(files, capsys):

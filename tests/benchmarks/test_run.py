@@ -166,6 +166,14 @@ def test_ratios_are_taken_within_rounds():
     assert rows["ours"]["share_of_limit"] == 0.5
 
 
+def test_what_was_called_once_is_held_against_the_median():
+    contenders = [contender("floor", kind="limit", flops=2e9), contender("ours", flops=2e9)]
+    section = results.Section("layer", TINY, "forward", contenders, "floor")
+    figures = {"floor": timing.summary([1.0, 2.0, 3.0]), "ours": timing.summary([4.0])}
+    rows = {row["contender"]: row for row in results.complete(section, ABOUT, figures)}
+    assert rows["ours"]["share_of_limit"] == 0.5
+
+
 def test_the_table_says_what_was_no_graph_on_a_gpu():
     section = results.Section("layer", TINY, "forward", [contender(name) for name in ("a", "b", "c")], None)
     ways = {"a": "graph", "b": "events, not captured: it waits", "c": "events"}

@@ -7,6 +7,7 @@ import invented
 import pytest
 
 from widenet_kernels.benchmarks import reading, table
+from widenet_kernels.benchmarks.timing import LEAST_ROUNDS
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "benchmarks" / "results"
@@ -56,12 +57,20 @@ def test_what_was_not_measured_is_a_dash(tmp_path):
     assert cells(line)[3:] == ["3.00 ms ± 0.0300", "-", "-", "-", "-", "-", "-"]
 
 
-def test_what_was_called_once_has_no_spread(tmp_path):
+@pytest.mark.parametrize(
+    ("rounds", "shown"), [(1, "(called once)"), (3, "± 0.0300 (3 rounds)"), (LEAST_ROUNDS, "± 0.0300")]
+)
+def test_how_often_is_said_where_it_was_not_often_enough(tmp_path, rounds, shown):
     content = invented.content()
-    content["rows"] = [invented.row("layer", "ours", 3.0) | {"rounds": 1}]
+    content["rows"] = [invented.row("layer", "ours", 3.0) | {"rounds": rounds}]
     results = reading.load(invented.written(tmp_path / "result.json", content))
     *_, line = table.render(results, "cpu", tmp_path).splitlines()
-    assert cells(line)[3] == "3.00 ms (called once)"
+    assert cells(line)[3] == f"3.00 ms {shown}"
+
+
+def test_a_checkout_with_changes_is_not_its_commit():
+    machine = invented.content()["machine"] | {"commit": "0123456789abcdef-dirty"}
+    assert "at 0123456-dirty," in reading.software(machine)
 
 
 def test_pictures_beside_the_file_are_shown(results, tmp_path):

@@ -90,11 +90,11 @@ def test_whole_blocks_of_b(kernels, size, dtype, transpose_b):
 
 @pytest.mark.parametrize("transpose_b", [False, True], ids=["b", "bt"])
 @of_dtype
-@of_sizes((25, 600, 257), (700, 1030, 40), (5, 40, 16))
+@of_sizes((25, 600, 257), (700, 1030, 40), (800, 300, 520), (5, 40, 16))
 def test_same_bits_at_every_number_of_threads(kernels, size, dtype, transpose_b):
     a, b, *_ = operands(size, dtype, transpose_b=transpose_b)
     results = []
-    for threads in (1, 2, 3, 7):
+    for threads in (1, 2, 3, 4, 7):
         kernels.module.set_num_threads(threads)
         results.append(kernels.gemm(a, b, transpose_b=transpose_b))
     kernels.module.set_num_threads(1)
