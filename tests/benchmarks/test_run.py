@@ -276,7 +276,7 @@ def test_the_training_step(monkeypatch):
     monkeypatch.setattr(model, "WIDENET", {("b", 2): case})
     (section,) = model.sections(Inputs(case, "cpu", torch.float32))
     rows = {row["contender"]: row for row in completed(section)}
-    assert list(rows) == ["GEMMs alone", "widenet_kernels", "plain torch"]
+    assert list(rows) == ["GEMMs alone", "widenet_kernels", "reference"]
     assert rows["widenet_kernels"]["relative_error"] < 1e-5
     assert rows["widenet_kernels"]["flops"] > 2 * 3 * counts.layer_flops(case, served=2 * 10)
     assert all("ms" in row for row in rows.values())
